@@ -1,0 +1,200 @@
+"""Command-line flags that both scripts share, and how a wrong one is answered.
+
+Nothing here imports torch, so that a typing error is answered at once.
+"""
+
+import argparse
+import os
+import sys
+
+__version__ = "0.1.0"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers an error with one line, and knows which flags were typed."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message):
+        fail(self.prog, message)
+
+    def parse_args(self, argv=None, published=lambda typed: {}, check=lambda args: None):
+        """Parse flags; what is not typed comes from the published setting, else the default.
+
+        Parameters
+        ----------
+        argv : list of str, optional
+        published : callable
+            published(typed) gives the defaults of the setting that the typed flags ask for.
+        check : callable
+            check(args) raises ValueError where the flags cannot be right.
+
+        Returns
+        -------
+        argparse.Namespace
+            All flags, and in `typed` the names of those that were given.
+        """
+        defaults = {a.dest: a.default for a in self._actions if a.dest != "help"}
+        typed = vars(super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, ...))))
+        typed = {name: value for name, value in typed.items() if value is not ...}
+        args = argparse.Namespace(**{**defaults, **published(typed), **typed}, typed=sorted(typed))
+        try:
+            check(args)
+        except ValueError as error:
+            self.error(error)
+        return args
+
+
+def fail(prog, message):
+    """Say in one line on standard error what is wrong, and exit with status 2."""
+    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Types of flags
+# ------------------------------------------------------------------------------------------------
+
+
+def whole(low):
+    """Type of a flag that takes a whole number of at least `low`."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"give a whole number of at least {low}, not {text!r}")
+        return value
+
+    return parse
+
+
+def real(low, high=float("inf"), *, open_low=False, open_high=True):
+    """Type of a flag that takes a number in an interval, by default [low, high)."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        inside = low < value if open_low else low <= value
+        inside = inside and (value < high if open_high else value <= high)
+        if not inside:
+            interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+            raise argparse.ArgumentTypeError(f"give a number in {interval}, not {text!r}")
+        return value
+
+    return parse
+
+
+def switch(group, name, help):
+    """Add the pair --name / --no-name."""
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help)
+
+
+# ------------------------------------------------------------------------------------------------
+# Shared flags
+# ------------------------------------------------------------------------------------------------
+
+DATASETS = ["cifar10", "cifar100", "digits", "imagefolder"]
+
+
+def add_shared(parser, datasets=DATASETS):
+    """Add the flags that mean the same in both scripts, in groups.
+
+    Those without a default here take it from the published setting that the script runs.
+    """
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="data", metavar="DIR", help="folder of the data set")
+    group.add_argument("--dataset", default="cifar10", choices=datasets)
+    group.add_argument(
+        "--image_size", type=whole(4), default=32, metavar="PIXELS",
+        help="images are resized to this width and height; a multiple of 4 (default: 32)",
+    )  # fmt: skip
+    group.add_argument("--batch_size", type=whole(1), metavar="IMAGES")
+    group.add_argument(
+        "--workers", type=whole(0), default=2, help="threads that read image files (default: 2)"
+    )
+    switch(group, "cutout", "cut a square out of each training image")
+    group.add_argument(
+        "--cutout_length", type=whole(1), default=16, metavar="PIXELS", help="(default: 16)"
+    )
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--init_channels", type=whole(1), help="channels of the first cells")
+    group.add_argument("--layers", type=whole(1), help="number of cells")
+    switch(group, "auxiliary", "train with an auxiliary head")
+    group.add_argument(
+        "--auxiliary_weight", type=real(0), default=0.4, help="weight of its loss (default: 0.4)"
+    )
+    group.add_argument(
+        "--drop_path_prob", type=real(0, 1),
+        help="probability of dropping an operation for an image, reached at the last epoch",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("optimisation of the weights (SGD)")
+    group.add_argument("--epochs", type=whole(1))
+    group.add_argument("--learning_rate", type=real(0), help="at the first epoch")
+    group.add_argument("--learning_rate_min", type=real(0), help="towards the last epoch (cosine)")
+    group.add_argument("--momentum", type=real(0, 1), default=0.9, help="(default: 0.9)")
+    group.add_argument("--weight_decay", type=real(0), help="L2 penalty")
+    group.add_argument(
+        "--grad_clip", type=real(0, open_low=True), default=5.0,
+        help="largest norm of the gradient of all weights together (default: 5)",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--save", metavar="DIR", help="folder of the run (default: runs/ with date and time)"
+    )
+    group.add_argument(
+        "--resume", metavar="RUN_DIR", help="continue the run in this folder, or its checkpoint.pt"
+    )
+    group.add_argument("--seed", type=whole(0))
+    group.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    switch(group, "amp", "compute in bfloat16 where that is safe")
+    group.set_defaults(amp=False)
+    group.add_argument(
+        "--report_freq", type=whole(1), default=50, metavar="STEPS",
+        help="steps between two lines of progress (default: 50)",
+    )  # fmt: skip
+
+
+def check_shared(args):
+    """What can be wrong with the shared flags and is seen without loading anything.
+
+    Raises
+    ------
+    ValueError
+        With one line that says what is wrong and what to do.
+    """
+    if args.image_size % 4:
+        raise ValueError(f"--image_size must be a multiple of 4, not {args.image_size}")
+    if args.resume:
+        if args.save:
+            raise ValueError("--resume continues in the run's own folder: leave out --save")
+        checkpoint_path(args.resume)
+    elif args.save and os.path.lexists(args.save):
+        if not os.path.isdir(args.save) or os.listdir(args.save):
+            raise ValueError(
+                f"--save {args.save} exists already and is not overwritten: choose another "
+                f"folder, or continue that run with --resume {args.save}"
+            )
+    if args.dataset == "imagefolder" and not os.path.isdir(args.data) and not args.resume:
+        raise ValueError(
+            f"--data {args.data} is not a folder: --dataset imagefolder reads "
+            "DIR/train/<class>/* and DIR/test/<class>/*"
+        )
+
+
+def checkpoint_path(resume):
+    """Path of the checkpoint that --resume RUN_DIR, or a checkpoint's own path, names."""
+    path = os.path.join(resume, "checkpoint.pt") if os.path.isdir(resume) else resume
+    if not os.path.isfile(path):
+        raise ValueError(f"--resume {resume}: there is no checkpoint at {path}")
+    return path

@@ -1,0 +1,536 @@
+"""LASSO solvers: the sparse-coding step of ISTA-NAS, in numpy.
+
+Given a dictionary A (m, n) and a point b (m,), recover the code
+
+    z = argmin_z  P(z),     P(z) = 1/2 ||A z - b||^2 + lam ||z||_1.
+
+`recover` offers five solvers of this one problem:
+
+    homotopy   exact: follows the solution path in lam to the very support of the optimum (default)
+    ista       proximal gradient with step 1/L: the iteration that gives the method its name
+    fista      the same, accelerated, with adaptive restart
+    mosek      interior point through CVXPY; needs a licence (the original experiments used it)
+    clarabel   interior point through CVXPY; free
+
+In the search lam is 1e-5 while lam_max = ||A^T b||_inf, the least lam whose code is 0, is 1e-3 to
+6. At such ratios proximal gradient needs tens of thousands of iterations before its largest
+entries are the right ones, while the path has about nine breakpoints: hence the default.
+
+>>> import numpy as np
+>>> from ista import recover
+>>> rng = np.random.default_rng(0)
+>>> A, b = rng.random((7, 14)), 1e-3 * rng.standard_normal(7)
+>>> solution = recover(A, b, lam=1e-5)
+>>> support = np.argsort(-np.abs(solution.z), kind="stable")[:2]
+>>> again = recover(A, 0.999 * b, lam=1e-5, z0=solution.z)   # warm start: one linear solve
+
+References
+----------
+.. [1] Y. Yang, H. Li, S. You, F. Wang, C. Qian, Z. Lin. ISTA-NAS: Efficient and Consistent Neural
+       Architecture Search by Sparse Coding. NeurIPS 2020, arXiv:2010.06176.
+.. [2] M. Osborne, B. Presnell, B. Turlach. A new approach to variable selection in least squares
+       problems. IMA J. Numer. Anal. 20, 2000. (Homotopy.)
+.. [3] B. Efron, T. Hastie, I. Johnstone, R. Tibshirani. Least angle regression. Ann. Stat. 32,
+       2004. (The same path, as LARS.)
+.. [4] H. Lee, A. Battle, R. Raina, A. Ng. Efficient sparse coding algorithms. NeurIPS 2006.
+       (Feature-sign search.)
+.. [5] Å. Björck. Iterative refinement of linear least squares solutions I. BIT 7, 1967.
+.. [6] A. Beck, M. Teboulle. A fast iterative shrinkage-thresholding algorithm for linear inverse
+       problems. SIAM J. Imaging Sci. 2, 2009.
+.. [7] B. O'Donoghue, E. Candès. Adaptive restart for accelerated gradient schemes. Found. Comput.
+       Math. 15, 2015.
+"""
+
+import contextlib
+import importlib
+import io
+import math
+import warnings
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+SOLVERS = ("homotopy", "ista", "fista", "mosek", "clarabel")
+
+TOLERANCE = 1e-9  # relative duality gap at which a solution counts as converged
+MAX_ITER = 100_000  # of ista and fista
+GAP_EVERY = 20  # iterations of ista and fista between two looks at the gap
+DEPENDENT = 1e-9  # a column this close to the span of others, relative to its norm, is in it
+TINY = 1e-300  # in place of a zero divisor
+DAMPING = 1e-3  # see _stationary; small next to A, whose largest entry is scaled to [1/2, 1)
+
+
+class Solution(NamedTuple):
+    """A code and how well it is known to solve its problem.
+
+    Attributes
+    ----------
+    z : ndarray of float64, shape (n,)
+    gap : float
+        Duality gap relative to the objective at 0: duality_gap / (1/2 ||b||^2), 0 when b = 0. It
+        bounds the relative suboptimality of z whatever the solver did.
+    n_iter : int
+        Linear solves (homotopy), gradient steps (ista, fista) or interior-point iterations.
+    converged : bool
+        gap <= TOLERANCE; for homotopy the optimality conditions were checked as well.
+    solver : str
+    """
+
+    z: np.ndarray
+    gap: float
+    n_iter: int
+    converged: bool
+    solver: str
+
+
+class SolverUnavailable(RuntimeError):
+    """The solver's package or licence is missing; the message is one line that says which."""
+
+
+# ------------------------------------------------------------------------------ the problem
+
+
+def soft_threshold(v, t):
+    """Proximal operator of t ||.||_1: sign(v) max(|v| - t, 0), elementwise.
+
+    Parameters
+    ----------
+    v : array_like
+    t : float or array_like, >= 0
+
+    Returns
+    -------
+    ndarray
+        Entries within t of zero come out as exactly +0.0.
+    """
+    v = np.asarray(v)
+    return v - np.minimum(np.maximum(v, -t), t) + 0.0  # + 0.0 turns the -0.0 of t = 0 into 0.0
+
+
+def objective(A, b, z, lam):
+    """Primal objective P(z) = 1/2 ||A z - b||^2 + lam ||z||_1 (absolute).
+
+    Parameters
+    ----------
+    A, b, z : array_like, shapes (m, n), (m,), (n,)
+    lam : float, >= 0
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        As `recover`.
+    """
+    A, b, lam, z = _validate(A, b, lam, z)
+    r = b - A @ z
+    return float(0.5 * (r @ r) + lam * np.abs(z).sum())
+
+
+def duality_gap(A, b, z, lam):
+    """Duality gap P(z) - D(theta) (absolute): an upper bound of P(z) - min P.
+
+    The dual is to maximise D(theta) = 1/2 ||b||^2 - 1/2 ||b - theta||^2 subject to
+    ||A^T theta||_inf <= lam. With r = b - A z and c = A^T r, the residual is shrunk into the
+    feasible set: theta = alpha r, alpha = min(1, lam / ||c||_inf). For lam = 0 that set is the null
+    space of A^T, and theta is the projection of r onto it.
+
+    Parameters
+    ----------
+    A, b, z, lam
+        As in `objective`, with the same errors.
+
+    Returns
+    -------
+    float
+        Never negative.
+    """
+    A, b, lam, z = _validate(A, b, lam, z)
+    return _gap(A, b, z, lam)
+
+
+def _gap(A, b, z, lam):
+    r = b - A @ z
+    if lam == 0.0:
+        fitted = A @ np.linalg.lstsq(A, r, rcond=None)[0]
+        return float(0.5 * (fitted @ fitted))
+    c = A.T @ r
+    alpha = lam / max(np.abs(c).max(), lam)
+    # P - D with b^T r = r^T r + z^T c put in. Near the optimum every term is small, so a small gap
+    # is not lost in the difference of two large numbers.
+    gap = 0.5 * (1.0 - alpha) ** 2 * (r @ r) + (lam * np.abs(z).sum() - alpha * (z @ c))
+    return max(0.0, float(gap))
+
+
+def _validate(A, b, lam, z):
+    A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if A.ndim != 2 or b.shape != A.shape[:1] or A.size == 0:
+        raise ValueError(f"A must be (m, n) and b (m,), m, n >= 1; got {A.shape} and {b.shape}")
+    if not (np.isfinite(A).all() and np.isfinite(b).all()):
+        raise ValueError(f"A {A.shape} and b {b.shape} must be finite")
+    lam = float(lam)
+    if not 0.0 <= lam < math.inf:
+        raise ValueError(f"lam must be finite and >= 0; got {lam}")
+    if z is not None:
+        z = np.asarray(z, dtype=np.float64)
+        if z.shape != A.shape[1:]:
+            raise ValueError(f"a code for A {A.shape} must be {A.shape[1:]}; got {z.shape}")
+        if not np.isfinite(z).all():
+            raise ValueError(f"the code {z.shape} must be finite")
+    return A, b, lam, z
+
+
+# ------------------------------------------------------------------------------ recovery
+
+
+def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
+    """Sparse code of b in the dictionary A: argmin_z 1/2 ||A z - b||^2 + lam ||z||_1 [1]_.
+
+    Parameters
+    ----------
+    A : array_like, shape (m, n)
+        Dictionary. Any rank; columns may be equal or zero.
+    b : array_like, shape (m,)
+    lam : float, >= 0
+        With lam >= lam_max = ||A^T b||_inf the code is exactly 0. At lam = 0 every least-squares
+        solution is optimal; homotopy from a cold start returns the end of its path, which is one
+        of least l1 norm.
+    solver : {"homotopy", "ista", "fista", "mosek", "clarabel"}
+    z0 : array_like, shape (n,), optional
+        Warm start; any point will do. homotopy first tries its support and signs, ista and fista
+        start from it, mosek and clarabel have no use for it.
+
+    Returns
+    -------
+    Solution
+        A solver that stops short says so in `converged` and does not raise.
+
+    Raises
+    ------
+    ValueError
+        Mis-shaped or non-finite A, b, z0; negative or non-finite lam; unknown solver.
+    SolverUnavailable
+        mosek or clarabel without its package, mosek without a licence.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    A, b, lam, z0 = _validate(A, b, lam, z0)
+    external = solver in ("mosek", "clarabel")
+    if external:
+        _require(solver)
+    lam_max = np.abs(A.T @ b).max()
+    if lam >= lam_max:
+        return Solution(np.zeros(A.shape[1]), 0.0, 0, True, solver)
+
+    # The same problem with A and b of order one, where the constants above and the interior-point
+    # codes' absolute tolerances mean something. Powers of two, so that nothing is rounded.
+    scale_A, scale_b = _power_of_two(A), _power_of_two(b)
+    A, b = A / scale_A, b / scale_b
+    lam, lam_max = lam / (scale_A * scale_b), lam_max / (scale_A * scale_b)
+    z0 = None if z0 is None else z0 * (scale_A / scale_b)
+    if external:
+        z, n_iter, solved = _cvxpy(A, b, lam, solver)
+    elif solver == "homotopy":
+        z, n_iter, solved = _homotopy(A, b, lam, lam_max, z0)
+    else:
+        z, n_iter, solved = _proximal_gradient(A, b, lam, solver, z0)
+    gap = _gap(A, b, z, lam) / (0.5 * float(b @ b))
+    return Solution(z * (scale_b / scale_A), gap, n_iter, solved and gap <= TOLERANCE, solver)
+
+
+def _power_of_two(x):
+    return 2.0 ** math.frexp(np.abs(x).max())[1]
+
+
+# ------------------------------------------------------------------------------ homotopy
+
+
+def _homotopy(A, b, lam, lam_max, z0):
+    """Exact solution: warm start or path, then an active-set method that accepts or repairs.
+
+    At an optimum, with r = b - A z, A_j^T r = lam sign(z_j) on the support and |A_j^T r| <= lam
+    off it. `_active_set` solves on the support of z0, or else of the end of the path, and moves
+    only if these conditions fail. So a warm start whose support and signs are still optimal costs
+    one linear solve, and a path led astray (ties: columns joining and leaving at one lam) costs
+    a few more instead of the answer.
+    """
+    # Twelve digits of lam_max are what rounding leaves of A^T (b - A z).
+    slack = 1e-9 * lam + 1e-12 * lam_max
+    n_iter = 0
+    if z0 is not None and 0 < np.count_nonzero(z0) <= A.shape[0]:
+        z, n_iter, solved = _active_set(A, b, lam, z0, slack, only_if_near=True)
+        if solved:
+            return z, n_iter, True
+    z, n_path = _path(A, b, lam)
+    z, n_more, solved = _active_set(A, b, lam, z, slack)
+    return z, n_iter + n_path + n_more, solved
+
+
+def _stationary(A, b, S, s):
+    """Solution on support S (k columns, independent) with signs s, for every lam at once.
+
+    The optimality conditions on S, A_S z_S + r = b and A_S^T r = lam s, are linear in (r, z_S):
+
+        z_S = p - lam q,    p = A_S^+ b,              q = (A_S^T A_S)^-1 s,
+        r   = e + lam u,    e = b - A_S p,            u = A_S q.
+
+    They are solved as they stand, as one symmetric system of order m + k. The normal equations
+    would square the condition number of A_S (1e3 and more for a 7 x 7 support) in z. So would
+    elimination here if it pivoted on the identity in front of r; solving for r / DAMPING instead
+    leaves entries of A_S as the pivots [5]_. One LU also costs half of a QR or SVD in numpy.
+
+    Returns
+    -------
+    Z, R : ndarray, shapes (k, 2) and (m, 2)
+        Columns p, -q and e, u.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        If elimination finds A_S singular. It may not, and the result be inaccurate.
+    """
+    m, k = len(b), len(S)
+    A_S = A.take(S, axis=1)
+    K = np.zeros((m + k, m + k))
+    K[:m, m:] = A_S
+    K[m:, :m] = A_S.T
+    K.flat[: m * (m + k + 1) : m + k + 1] = DAMPING
+    rhs = np.zeros((m + k, 2))
+    rhs[:m, 0] = b
+    rhs[m:, 1] = s / DAMPING
+    solution = np.linalg.solve(K, rhs)
+    return solution[m:], DAMPING * solution[:m]
+
+
+def _path(A, b, lam):
+    """Follow the piecewise linear solution path from lam_max down to lam [2]_ [3]_.
+
+    Between breakpoints z and c = A^T r = a + mu g are linear in mu. Going down, column j joins
+    where |c_j| meets mu. Which bound it meets is told by the end of the line, c_j = a_j at mu = 0:
+    the bound of the sign of a_j, at mu = |a_j| / (1 - sign(a_j) g_j). Column i leaves where
+    z_i = p_i - mu q_i meets zero, at mu = p_i / q_i, if its sign at mu = 0 is the other one. These
+    rules need no memory of what has just joined or left.
+
+    Ties may still lead it astray; then it stops early or ends off the optimum. The caller checks.
+
+    Returns
+    -------
+    z : ndarray, shape (n,)
+    n_iter : int
+    """
+    m, n = A.shape
+    z = np.zeros(n)
+    c = A.T @ b
+    j = int(np.abs(c).argmax())
+    mu = abs(c[j])
+    noise = 1e-13 * mu  # a column dependent on the support has a_j = 0, but for rounding
+    S, s = [j], np.sign(c[[j]])
+    n_iter = 0
+    while n_iter < 4 * (m + n):  # ties may make it go round; paths take about 1.5 m
+        n_iter += 1
+        try:
+            Z, R = _stationary(A, b, S, s)
+        except np.linalg.LinAlgError:
+            break
+        a, g = (A.T @ R).T
+        size, rate = np.abs(a), 1.0 - np.sign(a) * g
+        size[S] = 0.0
+        # rate <= 0 is a column beyond its bound, which a missed breakpoint leaves: it joins now.
+        join = np.where(size > noise, size / np.maximum(rate, TINY), 0.0)
+        j = int(join.argmax())
+        i, mu_next = None, join[j]
+        leaving = np.flatnonzero(s * Z[:, 0] < 0.0)
+        if leaving.size:
+            p, q = np.abs(Z[leaving]).T
+            leave = p / np.maximum(q, TINY)
+            if leave.max() > mu_next:
+                i, mu_next = int(leaving[leave.argmax()]), leave.max()
+        mu = min(mu, mu_next)
+        z[S] = Z[:, 0] + max(mu, lam) * Z[:, 1]
+        if mu <= lam:
+            break
+        if i is None:
+            S, s = S + [j], np.append(s, np.sign(a[j]))
+        else:
+            z[S[i]] = 0.0
+            S, s = S[:i] + S[i + 1 :], np.delete(s, i)
+    return z, n_iter
+
+
+def _active_set(A, b, lam, z, slack, only_if_near=False):
+    """Minimise from z by an active-set method on (support, signs) [4]_.
+
+    Solve on the support with the signs held. If a sign would change, go only as far as the first
+    entry to reach zero, and take it off the support. Else let the column that violates its bound
+    |A_j^T r| <= lam most join. If that column depends on the support, A z can stay put while
+    ||z||_1 falls, along the null vector of the enlarged support, until an entry reaches zero and
+    leaves; so the columns stay independent. No step raises the objective.
+
+    Every point solved with agreeing signs has a lower objective than the one before, so no
+    (support, signs) comes twice and the method is finite; when one does come twice, rounding is
+    all that is left, and the method stops. From far off it needs more solves than the path does;
+    with `only_if_near` it gives up if the first solve would change two signs or more.
+
+    Returns
+    -------
+    z : ndarray, shape (n,)
+    n_iter : int
+    solved : bool
+        The optimality conditions hold to within `slack`, signs strictly.
+    """
+    n = A.shape[1]
+    S = np.flatnonzero(z).tolist()
+    x = z[S]
+    s = np.sign(x)
+    visited = set()
+    n_iter = 0
+    solved = False
+    while True:
+        n_iter += 1
+        try:
+            Z, _ = _stationary(A, b, S, s)
+        except np.linalg.LinAlgError:
+            break
+        target = Z[:, 0] + lam * Z[:, 1]
+        crossing = np.flatnonzero(target * s <= 0.0)
+        if only_if_near and n_iter == 1 and crossing.size > 1:
+            break
+        if crossing.size:
+            step = np.abs(x[crossing]) / np.maximum(np.abs(x - target)[crossing], TINY)
+            i = int(crossing[step.argmin()])
+            x = x + step.min() * (target - x)
+            S, s, x = S[:i] + S[i + 1 :], np.delete(s, i), np.delete(x, i)
+            continue
+        x = target
+        c = A.T @ (b - A.take(S, axis=1) @ x)
+        size = np.abs(c)
+        j = int(size.argmax())
+        if size[j] <= lam + slack:
+            # No entry of s c_S exceeds lam, so all equal lam if their sum does.
+            solved = bool(s @ c[S] >= len(S) * (lam - slack))
+            break
+        signs = np.zeros(n, dtype=np.int8)
+        signs[S] = s
+        if j in S or signs.tobytes() in visited:
+            break
+        visited.add(signs.tobytes())
+        sign, rise = np.sign(c[j]), 0.0
+        n_iter += 1
+        Z, R = _stationary(A, A[:, j], S, s)
+        w, e = Z[:, 0], R[:, 0]
+        if np.linalg.norm(e) <= DEPENDENT * np.linalg.norm(A[:, j]):
+            shrinking = np.flatnonzero(sign * s * w > 0.0)
+            if not shrinking.size:
+                break
+            ratio = np.abs(x[shrinking] / w[shrinking])
+            i, rise = int(shrinking[ratio.argmin()]), ratio.min()
+            x = x - rise * sign * w
+            S, s, x = S[:i] + S[i + 1 :], np.delete(s, i), np.delete(x, i)
+        S, s, x = S + [j], np.append(s, sign), np.append(x, sign * rise)
+    z = np.zeros(n)
+    z[S] = x
+    return z, n_iter, solved
+
+
+# ------------------------------------------------------------------------------ first order
+
+
+def _proximal_gradient(A, b, lam, solver, z0):
+    """Run ista or fista until the relative gap is within `TOLERANCE` or `MAX_ITER` is reached."""
+    z = np.zeros(A.shape[1]) if z0 is None else z0
+    iterates = _ista_iterates(A, b, lam, z) if solver == "ista" else _fista_iterates(A, b, lam, z)
+    enough = TOLERANCE * 0.5 * float(b @ b)
+    for n_iter, z in enumerate(islice(iterates, MAX_ITER), 1):
+        # A gap costs as much as an iteration or two. n_iter = 1 lets a good z0 end at once.
+        if n_iter % GAP_EVERY == 1 and _gap(A, b, z, lam) <= enough:
+            break
+    return z, n_iter, True
+
+
+def _ista_iterates(A, b, lam, z):
+    """Proximal gradient: z <- prox(z - A^T (A z - b) / L) with prox = soft_threshold(., lam / L).
+
+    L = ||A||_2^2 is the Lipschitz constant of the gradient, so the objective never rises. Yields
+    the iterate after each step, without end.
+    """
+    L = np.linalg.norm(A, 2) ** 2
+    while True:
+        z = soft_threshold(z - A.T @ (A @ z - b) / L, lam / L)
+        yield z
+
+
+def _fista_iterates(A, b, lam, z):
+    """Accelerated proximal gradient [6]_, restarted when the momentum points uphill [7]_.
+
+    Yields the iterate after each step, without end; the objective may rise between two of them.
+    """
+    L = np.linalg.norm(A, 2) ** 2
+    y, t = z, 1.0
+    while True:
+        z_last = z
+        z = soft_threshold(y - A.T @ (A @ y - b) / L, lam / L)
+        if (y - z) @ (z - z_last) > 0.0:  # y - z is the (proximal) gradient, up to a factor
+            y, t = z, 1.0
+        else:
+            t_last, t = t, 0.5 + math.sqrt(0.25 + t * t)
+            y = z + (t_last - 1.0) / t * (z - z_last)
+        yield z
+
+
+# ------------------------------------------------------------------------------ interior point
+
+
+def _require(solver):
+    """Raise SolverUnavailable unless mosek or clarabel can be run through CVXPY."""
+    free = "homotopy, ista and fista need neither package nor licence"
+    for package in ("cvxpy", solver):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                module = importlib.import_module(package)
+        except ImportError:
+            raise SolverUnavailable(
+                f"solver {solver!r} needs the package {package} (pip install {package}); {free}"
+            ) from None
+    if solver == "mosek":
+        try:
+            with module.Env() as env:
+                env.checkoutlicense(module.feature.pton)
+        except module.Error:
+            raise SolverUnavailable(
+                "no MOSEK licence in ~/mosek/mosek.lic or where MOSEKLM_LICENSE_FILE points; "
+                f"{free}, clarabel needs no licence"
+            ) from None
+
+
+def _cvxpy(A, b, lam, solver):
+    """Solve by an interior-point code, with tolerances far below its default ones.
+
+    P / lam is what is minimised: at the optimum ||A z - b|| is of the order of lam, and P of the
+    order of lam ||z||_1 would be lost under the tolerances.
+    """
+    import cvxpy as cp
+
+    options = {
+        "clarabel": {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12},
+        "mosek": {
+            "mosek_params": {
+                f"MSK_DPAR_INTPNT_CO_TOL_{name}": 1e-12
+                for name in ("PFEAS", "DFEAS", "REL_GAP", "MU_RED")
+            }
+        },
+    }[solver]
+    z = cp.Variable(A.shape[1])
+    loss = 0.5 * cp.sum_squares(A @ z - b)
+    problem = cp.Problem(cp.Minimize(loss / lam + cp.norm1(z) if lam > 0.0 else loss))
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            problem.solve(solver=solver.upper(), **options)
+        except cp.SolverError:
+            return np.zeros(A.shape[1]), 0, False
+    if z.value is None:
+        return np.zeros(A.shape[1]), 0, False
+    return np.asarray(z.value), int(problem.solver_stats.num_iters or 0), True

@@ -1,0 +1,224 @@
+"""Networks of a fixed genotype, for retraining and evaluation.
+
+    import genotypes, model
+    net = model.NetworkCIFAR(36, 10, 20, True, genotypes.ISTA_twostage)
+    logits, logits_aux = net(images)            # images: float32, (batch, 3, 32, 32)
+
+A network is a stem, a row of cells and a classifier. `Skeleton` is that row; the supernet of
+`model_search.py` uses it too, with cells of its own.
+"""
+
+import torch
+from torch import nn
+
+from genotypes import NODES, as_lists, from_lists
+from operations import BatchNorm2d, FactorizedReduce, ReLUConvBN, State, build, drop_path
+
+
+class Skeleton(nn.Module):
+    """Stem, cells, auxiliary head and classifier, as DARTS lays them out.
+
+    The cells at layers//3 and 2·layers//3 are reduction cells: they halve the resolution and
+    double the channels. The auxiliary head looks at the output of the later one.
+
+    Parameters
+    ----------
+    C : int
+        Channels of the first cells.
+    num_classes, layers : int
+    auxiliary : bool
+        Whether there is an auxiliary head; it runs in training mode only.
+    make_cell : callable
+        make_cell(C_prev_prev, C_prev, C, reduction, reduction_prev) builds a cell.
+    imagenet : bool
+        Stem and auxiliary head for 224×224 images instead of those for 32×32.
+    """
+
+    def __init__(self, C, num_classes, layers, auxiliary, make_cell, imagenet=False):
+        super().__init__()
+        if imagenet:
+            self.stem0 = nn.Sequential(
+                nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False),
+                BatchNorm2d(C // 2),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False),
+                BatchNorm2d(C),
+            )
+            self.stem1 = nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False),
+                BatchNorm2d(C),
+            )
+            C_prev_prev, C_prev, reduction_prev = C, C, True
+        else:
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), BatchNorm2d(3 * C)
+            )
+            C_prev_prev, C_prev, reduction_prev = 3 * C, 3 * C, False
+
+        self.auxiliary = auxiliary
+        self.auxiliary_layer = 2 * layers // 3
+        self.drop_path_prob = 0.0
+        self.cells = nn.ModuleList()
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            C = 2 * C if reduction else C
+            cell = make_cell(C_prev_prev, C_prev, C, reduction, reduction_prev)
+            self.cells.append(cell)
+            reduction_prev = reduction
+            C_prev_prev, C_prev = C_prev, cell.C_out
+            if i == self.auxiliary_layer:
+                C_auxiliary = C_prev
+        if auxiliary:
+            self.auxiliary_head = AuxiliaryHead(C_auxiliary, num_classes, imagenet)
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(C_prev, num_classes)
+
+    def forward(self, x, normal=(), reduce=()):
+        """Logits of a batch; `normal` and `reduce` are what the cells of a type are given besides.
+
+        Parameters
+        ----------
+        x : tensor, float32, (batch, 3, H, W)
+
+        Returns
+        -------
+        logits : tensor, (batch, num_classes)
+        logits_aux : tensor of the same shape, or None without an auxiliary head or in evaluation
+        """
+        if hasattr(self, "stem0"):
+            s0 = State(self.stem0(x))
+            s1 = State(self.stem1[1:](s0.relu))
+        else:
+            s0 = s1 = State(self.stem(x))
+        logits_aux = None
+        drop_prob = self.drop_path_prob if self.training else 0.0
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, drop_prob, *(reduce if cell.reduction else normal))
+            if i == self.auxiliary_layer and self.auxiliary and self.training:
+                logits_aux = self.auxiliary_head(s1)
+        return self.classifier(self.global_pooling(s1.x).flatten(1)), logits_aux
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier part of the way up, which shortens the path of the gradient."""
+
+    def __init__(self, C, num_classes, imagenet=False):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(),
+            nn.AvgPool2d(5, stride=2 if imagenet else 3, count_include_pad=False),
+            nn.Conv2d(C, 128, 1, bias=False),
+            BatchNorm2d(128),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(128, 768, 2, bias=False),
+            # DARTS' ImageNet head leaves this BatchNorm out, and published weights rely on it.
+            nn.Identity() if imagenet else BatchNorm2d(768),
+            nn.ReLU(inplace=True),
+        )
+        self.classifier = nn.Linear(768, num_classes)
+
+    def forward(self, state):
+        return self.classifier(self.features[1:](state.relu).flatten(1))
+
+
+def preprocess(C_prev_prev, C_prev, C, reduction_prev, affine=True):
+    """The two layers that bring a cell's inputs to C channels and to the same resolution."""
+    if reduction_prev:
+        first = FactorizedReduce(C_prev_prev, C, affine)
+    else:
+        first = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine)
+    return first, ReLUConvBN(C_prev, C, 1, 1, 0, affine)
+
+
+class Cell(nn.Module):
+    """A cell whose nodes each add up the outputs of their (operation, input node) pairs."""
+
+    def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev, one_stage):
+        super().__init__()
+        self.reduction = reduction
+        self.preprocess0, self.preprocess1 = preprocess(C_prev_prev, C_prev, C, reduction_prev)
+        pairs = genotype.reduce if reduction else genotype.normal
+        self.concat = genotype.reduce_concat if reduction else genotype.normal_concat
+        self.C_out = C * len(self.concat)
+        self.inputs = [node for _, node in pairs]
+        self.pairs_per_node = len(pairs) // NODES
+        self._ops = nn.ModuleList(
+            build(
+                primitive,
+                C,
+                stride=2 if reduction and node < 2 else 1,
+                norm_pools=one_stage,
+                norm_skips=one_stage,
+            )
+            for primitive, node in pairs
+        )
+
+    def forward(self, s0, s1, drop_prob):
+        states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
+        pairs = list(zip(self._ops, self.inputs, strict=True))
+        for first in range(0, len(pairs), self.pairs_per_node):
+            total = 0
+            for op, node in pairs[first : first + self.pairs_per_node]:
+                y = op(states[node])
+                if drop_prob > 0 and not op.is_identity:
+                    y = drop_path(y, drop_prob)
+                total = total + y
+            states.append(State(total))
+        return State(torch.cat([states[node].x for node in self.concat], dim=1))
+
+
+class _Network(Skeleton):
+    imagenet = False
+
+    def __init__(self, C, num_classes, layers, auxiliary, genotype, one_stage=False):
+        def make_cell(*shape):
+            return Cell(genotype, *shape, one_stage)
+
+        super().__init__(C, num_classes, layers, auxiliary, make_cell, self.imagenet)
+        self.config = dict(
+            imagenet=self.imagenet, C=C, num_classes=num_classes, layers=layers,
+            auxiliary=auxiliary, one_stage=one_stage,
+            genotype=as_lists(genotype),
+        )  # fmt: skip
+
+
+class NetworkCIFAR(_Network):
+    """Network of a genotype for images of 32×32 pixels (also of other sizes).
+
+    Parameters
+    ----------
+    C, num_classes, layers : int
+        Channels of the first cells, classes, number of cells.
+    auxiliary : bool
+        Whether it has an auxiliary head.
+    genotype : genotypes.Genotype
+    one_stage : bool
+        Whether a BatchNorm follows each pool and each skip of stride 1, as in a network that
+        one-stage search has trained.
+
+    Attributes
+    ----------
+    drop_path_prob : float
+        Probability with which an operation's output is dropped for a sample, in training mode.
+    config : dict
+        All that `from_config` needs to build the network again.
+    """
+
+
+class NetworkImageNet(_Network):
+    """Network of a genotype for images of 224×224 pixels; parameters as in `NetworkCIFAR`."""
+
+    imagenet = True
+
+
+def from_config(config):
+    """Build the network whose `config` this is.
+
+    Raises
+    ------
+    ValueError
+        If its genotype is none.
+    """
+    kwargs = {**config, "genotype": from_lists(config["genotype"])}
+    return (NetworkImageNet if kwargs.pop("imagenet") else NetworkCIFAR)(**kwargs)

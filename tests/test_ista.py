@@ -1,0 +1,665 @@
+"""The LASSO solvers are held to the optimality conditions, not to stored codes."""
+
+import math
+import subprocess
+import sys
+import types
+import warnings
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ista
+from ista import SOLVERS, SolverUnavailable, duality_gap, objective, recover, soft_threshold
+
+WIDTHS = (14, 21, 28, 35)  # (edge, operation) pairs of the four nodes of a cell
+NUMPY_SOLVERS = ("homotopy", "ista", "fista")
+
+# The same examples on every run, on machines of any speed.
+examples = partial(settings, deadline=None, derandomize=True, database=None)
+
+
+def draw(rng, n=None, size=None, m=7):
+    """A dictionary as the search draws it, and a point b of norm `size`."""
+    A = rng.random((m, n or rng.choice(WIDTHS)))
+    b = rng.standard_normal(m)
+    return A, b * ((size or 10.0 ** rng.uniform(-4, 1)) / np.linalg.norm(b))
+
+
+def violation(A, b, lam, z):
+    """Largest violation of the optimality conditions of the LASSO, relative to lam_max."""
+    c = A.T @ (b - A @ z)
+    on = z != 0
+    worst = max(np.abs(c).max() - lam, np.abs(c - lam * np.sign(z))[on].max(initial=0.0))
+    lam_max = np.abs(A.T @ b).max()
+    return max(worst, 0.0) / lam_max if lam_max > 0 else max(worst, 0.0)
+
+
+def assert_solved(A, b, lam, solution):
+    assert solution.converged is True and solution.solver == "homotopy"
+    assert 0.0 <= solution.gap <= 1e-9
+    assert violation(A, b, lam, solution.z) <= 1e-9
+    assert not np.signbit(solution.z[solution.z == 0.0]).any()
+
+
+def is_unique(A, b, lam, z):
+    """Sufficient: the columns at their bound, |A_j^T r| = lam, are independent."""
+    c = np.abs(A.T @ (b - A @ z))
+    bound = A[:, c >= lam - 1e-7 * np.abs(A.T @ b).max()]
+    singular = np.linalg.svd(bound, compute_uv=False)
+    return bound.shape[1] <= len(b) and (bound.shape[1] == 0 or singular[-1] > 1e-6 * singular[0])
+
+
+# ------------------------------------------------------------------------------ the problem
+
+
+@examples(max_examples=200)
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_soft_threshold_is_the_proximal_operator(v, t):
+    p = float(soft_threshold(v, t))
+    # v - p is a subgradient of t |.| at p
+    if p == 0.0:
+        assert abs(v) <= t and not np.signbit(p)
+    else:
+        assert v - p == pytest.approx(math.copysign(t, p), rel=1e-12, abs=1e-9)
+        assert math.copysign(1, p) == math.copysign(1, v)
+
+
+def test_soft_threshold_of_arrays():
+    v = np.array([-3.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0])
+    assert soft_threshold(v, 1.0).tolist() == [-2, 0, 0, 0, 0, 0, 0, 2]
+    assert soft_threshold(v, np.full(8, 3.5)).tolist() == [0] * 8
+    assert soft_threshold([2, -2], 0).tolist() == [2, -2]
+    assert not np.signbit(soft_threshold(v, 1.0)[1:]).any()
+
+
+def test_duality_gap_is_primal_minus_dual_at_a_feasible_point():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        A, b = draw(rng, size=1.0)
+        lam = 10.0 ** rng.uniform(-3, 1)
+        z = rng.standard_normal(A.shape[1]) * (rng.random(A.shape[1]) < 0.3)
+        r = b - A @ z
+        theta = r * min(1.0, lam / np.abs(A.T @ r).max())
+        assert np.abs(A.T @ theta).max() <= lam * (1 + 1e-12)
+        primal = 0.5 * np.sum((A @ z - b) ** 2) + lam * np.sum(np.abs(z))
+        dual = 0.5 * np.sum(b**2) - 0.5 * np.sum((b - theta) ** 2)
+        assert objective(A, b, z, lam) == pytest.approx(primal, rel=1e-12)
+        assert duality_gap(A, b, z, lam) == pytest.approx(primal - dual, rel=1e-9, abs=1e-12)
+
+
+def test_duality_gap_bounds_the_suboptimality():
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        A, b = draw(rng, size=1.0)
+        lam = 10.0 ** rng.uniform(-4, -1)
+        best = recover(A, b, lam).z
+        assert 0.0 <= duality_gap(A, b, best, lam) <= 1e-12
+        for scale in (1e-6, 1e-3, 1.0):
+            z = best + scale * rng.standard_normal(len(best))
+            excess = objective(A, b, z, lam) - objective(A, b, best, lam)
+            assert duality_gap(A, b, z, lam) >= excess > 0.0
+
+
+def test_duality_gap_without_penalty():
+    A, b = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), np.array([1.0, 2.0, 3.0])
+    assert duality_gap(A, b, np.array([1.0, 2.0]), 0.0) == pytest.approx(0.0, abs=1e-15)
+    assert duality_gap(A, b, np.zeros(2), 0.0) == pytest.approx(2.5)
+
+
+# ------------------------------------------------------------------------------ homotopy
+
+
+def test_sweep_of_the_problems_of_a_search():
+    rng = np.random.default_rng(2)
+    for k in range(2000):
+        A, b = draw(rng, n=WIDTHS[k % 4])
+        lam = 10.0 ** rng.uniform(-6, -2)
+        solution = recover(A, b, lam)
+        assert_solved(A, b, lam, solution)
+        # Rounding only: sharper than what is promised, so that a column missed at a small lam
+        # cannot hide below 1e-9 lam_max.
+        assert violation(A, b, lam, solution.z) <= 1e-12
+        assert duality_gap(A, b, solution.z, lam) <= 1e-9 * 0.5 * (b @ b)
+        assert solution.gap == pytest.approx(
+            duality_gap(A, b, solution.z, lam) / (0.5 * (b @ b)), rel=1e-6, abs=1e-13
+        )
+        assert np.count_nonzero(solution.z) <= 7
+
+
+def integer_problem(rng):
+    """Small integers, repeated, opposite and zero columns: ties at nearly every breakpoint."""
+    m, n = rng.integers(1, 8), rng.integers(1, 16)
+    A = rng.integers(rng.integers(-2, 1), 3, (m, n)).astype(float)
+    kind = rng.integers(5)
+    if kind == 0:
+        A = np.repeat(A, 2, axis=1)
+    elif kind == 1:
+        A = np.hstack([A, -A])
+    elif kind == 2:
+        A[:, rng.random(n) < 0.3] = 0.0
+    elif kind == 3:
+        A = A[:, :1] @ A[:1] + A[:, -1:] @ A[-1:]  # rank 2
+    b = rng.integers(-2, 3, m).astype(float)
+    return A, b, float(rng.choice([0.0, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0]))
+
+
+def test_ties_are_repaired():
+    rng = np.random.default_rng(3)
+    astray = 0
+    for _ in range(8000):
+        A, b, lam = integer_problem(rng)
+        assert_solved(A, b, lam, recover(A, b, lam))
+        if lam < np.abs(A.T @ b).max():
+            astray += violation(A, b, lam, ista._path(A, b, lam)[0]) > 1e-9
+    assert astray >= 3  # else this sweep says nothing of the repair
+
+
+def test_repair_from_any_start():
+    """The active-set method alone, from points the path would never hand over."""
+    rng = np.random.default_rng(4)
+    for k in range(600):
+        A, b, lam = integer_problem(rng) if k % 2 else (*draw(rng, size=1.0), 1e-3)
+        lam_max = np.abs(A.T @ b).max()
+        if lam >= lam_max:
+            continue
+        z = np.zeros(A.shape[1])
+        start = rng.integers(A.shape[1])
+        z[start] = rng.standard_normal() * A[:, start].any()
+        before = objective(A, b, z, lam)
+        z, _, solved = ista._active_set(A, b, lam, z, 1e-10 * lam_max)
+        assert solved and violation(A, b, lam, z) <= 1e-9
+        assert objective(A, b, z, lam) <= before * (1 + 1e-12)
+
+
+def test_repair_descends(monkeypatch):
+    """From one point solved with agreeing signs to the next, the objective falls."""
+    rng = np.random.default_rng(23)
+    solve, values = ista._stationary, []
+
+    def recorded(A, b, S, s):
+        Z, R = solve(A, b, S, s)
+        x = Z[:, 0] + lam * Z[:, 1]
+        if b is problem[1] and (x * s > 0).all():
+            z = np.zeros(A.shape[1])
+            z[S] = x
+            values.append(objective(A, b, z, lam))
+        return Z, R
+
+    monkeypatch.setattr(ista, "_stationary", recorded)
+    for _ in range(100):
+        lam, problem = 1e-4, draw(rng, size=1.0)
+        z0 = np.zeros(problem[0].shape[1])
+        z0[rng.choice(len(z0), 7, replace=False)] = rng.standard_normal(7)
+        values.clear()
+        assert ista._active_set(*problem, lam, z0, 1e-12)[2]
+        assert len(values) >= 1 and (np.diff(values) < 0.0).all()
+
+
+def test_inaccurate_solves_are_noticed(monkeypatch):
+    """Residual in proportion but too small: every bound holds, and the gap is below 1e-9."""
+    A, b = draw(np.random.default_rng(24), n=28, size=1.0)
+    z0, solve = recover(A, b, 1e-10).z, ista._stationary
+
+    def inaccurate(*args):
+        Z, R = solve(*args)
+        return Z * (1.0, 0.5), R
+
+    monkeypatch.setattr(ista, "_stationary", inaccurate)
+    assert recover(A, b, 1e-10, z0=z0).converged is False
+
+
+def test_rounding_cannot_make_the_repair_cycle(monkeypatch):
+    A, b = draw(np.random.default_rng(25), n=28, size=1.0)
+    solve, calls = ista._stationary, []
+
+    def rejects_second_column(A, b, S, s):
+        calls.append(S)
+        assert len(calls) < 50
+        Z, R = solve(A, b, S, s)
+        return (Z * np.array([[1.0], [-1.0]]) if len(S) == 2 else Z), R
+
+    monkeypatch.setattr(ista, "_stationary", rejects_second_column)
+    start = np.zeros(28)
+    start[np.abs(A.T @ b).argmax()] = np.sign((A.T @ b)[np.abs(A.T @ b).argmax()])
+    assert ista._active_set(A, b, 1e-3, start, 1e-12)[2] is False
+
+
+def test_nearly_dependent_columns():
+    rng = np.random.default_rng(5)
+    for k in range(500):
+        A, b = draw(rng, n=21)
+        A[:, 10:] = A[:, :11] + 10.0 ** rng.uniform(-16, -4) * rng.standard_normal((7, 11))
+        z0 = rng.standard_normal(21) * (rng.random(21) < 0.3) if k % 2 else None
+        assert_solved(A, b, 1e-4, recover(A, b, 1e-4, z0=z0))
+
+
+@pytest.mark.parametrize("m, n", [(1, 1), (1, 9), (9, 1), (7, 7), (12, 7), (30, 80), (60, 30)])
+def test_other_shapes(m, n):
+    rng = np.random.default_rng(6)
+    for lam in (1e-8, 1e-3, 0.1):
+        for _ in range(5):
+            A, b = draw(rng, n=n, m=m, size=1.0)
+            assert_solved(A, b, lam, recover(A, b, lam))
+
+
+@st.composite
+def degenerate(draw_):
+    m, n = draw_(st.integers(1, 7)), draw_(st.integers(1, 12))
+    entries = st.integers(-2, 2).map(float)
+    A = np.array(draw_(st.lists(entries, min_size=m * n, max_size=m * n))).reshape(m, n)
+    A = A[:, draw_(st.lists(st.integers(0, n - 1), min_size=1, max_size=14))]  # repeats columns
+    b = np.array(draw_(st.lists(entries, min_size=m, max_size=m)))
+    lam = draw_(st.sampled_from([0.0, 1e-6, 1e-3, 0.25, 0.5, 1.0, 1.5, 3.0]))
+    values = st.one_of(st.just(0.0), st.floats(-5, 5, allow_subnormal=False))
+    z0 = np.array(draw_(st.lists(values, min_size=A.shape[1], max_size=A.shape[1])))
+    return A, b, lam, z0
+
+
+def assert_same_optimum(A, b, lam, cold, warm):
+    scale = 0.5 * (b @ b)
+    assert abs(objective(A, b, cold.z, lam) - objective(A, b, warm.z, lam)) <= 1e-9 * scale
+    assert np.abs(A @ (cold.z - warm.z)).max() <= 1e-8 * np.linalg.norm(b)
+    if is_unique(A, b, lam, cold.z):
+        assert np.allclose(cold.z, warm.z, rtol=1e-6, atol=1e-8 * np.abs(cold.z).max())
+
+
+@examples(max_examples=400)
+@given(degenerate())
+def test_degenerate_dictionaries_cold_and_warm(problem):
+    A, b, lam, z0 = problem
+    cold, warm = recover(A, b, lam), recover(A, b, lam, z0=z0)
+    assert_solved(A, b, lam, cold)
+    assert_solved(A, b, lam, warm)
+    assert_same_optimum(A, b, lam, cold, warm)
+
+
+@examples(max_examples=200)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.floats(-4, 1), st.floats(-6, -2))
+def test_warm_start_from_anywhere(seed, n, log_size, log_lam):
+    rng = np.random.default_rng(seed)
+    A, b = draw(rng, n=n, size=10.0**log_size)
+    lam = 10.0**log_lam
+    cold = recover(A, b, lam)
+    wrong_sign = cold.z.copy()
+    wrong_sign[np.abs(cold.z).argmax()] *= -1.0
+    less, more = cold.z.copy(), cold.z.copy()
+    less[np.abs(cold.z).argmax()] = 0.0
+    more[rng.integers(n)] += 1.0
+    other = recover(A, rng.standard_normal(7), lam).z
+    for z0 in (cold.z, wrong_sign, less, more, other, rng.standard_normal(n), np.zeros(n), A[0]):
+        warm = recover(A, b, lam, z0=z0)
+        assert_solved(A, b, lam, warm)
+        assert_same_optimum(A, b, lam, cold, warm)
+
+
+def test_warm_start_with_one_wrong_sign_or_column():
+    """One step from the optimum the signs and bounds decide, not the linear solve."""
+    rng = np.random.default_rng(7)
+    for _ in range(200):
+        A, b = draw(rng, size=1.0)
+        lam = 10.0 ** rng.uniform(-5, -2)
+        z = recover(A, b, lam).z
+        for i in np.flatnonzero(z):
+            for value in (-z[i], 0.0):
+                z0 = z.copy()
+                z0[i] = value
+                assert_solved(A, b, lam, recover(A, b, lam, z0=z0))
+
+
+def test_warm_start_on_a_support_still_optimal_is_one_solve():
+    rng = np.random.default_rng(8)
+    hits = 0
+    for k in range(100):
+        A, b = draw(rng, n=WIDTHS[k % 4], size=1.0)
+        last = recover(A, b)
+        moved = b + 6e-4 * rng.choice([-1.0, 1.0], 7)
+        cold, warm = recover(A, moved), recover(A, moved, z0=last.z)
+        assert np.allclose(cold.z, warm.z, rtol=1e-9, atol=1e-12)
+        if (np.sign(cold.z) == np.sign(last.z)).all():
+            hits += 1
+            assert warm.n_iter == 1 < cold.n_iter
+    assert hits >= 80
+
+
+def test_warm_start_far_off_costs_little_more_than_a_cold_one():
+    rng = np.random.default_rng(26)
+    cold = warm = 0
+    for _ in range(100):
+        A, b = draw(rng, size=1.0)
+        cold += recover(A, b).n_iter
+        warm += recover(A, b, z0=recover(A, rng.standard_normal(7)).z).n_iter
+    assert warm <= 1.5 * cold
+
+
+# ------------------------------------------------------------------------------ edges
+
+
+@pytest.mark.parametrize("solver", NUMPY_SOLVERS)
+def test_zero_code_from_lam_max_on(solver):
+    rng = np.random.default_rng(9)
+    A, b = draw(rng, n=21, size=1e-3)
+    lam_max = np.abs(A.T @ b).max()
+    for problem in (
+        (A, b, lam_max),
+        (A, b, 5.0),
+        (A, np.zeros(7), 1e-5),
+        (A, np.zeros(7), 0.0),
+        (np.zeros((7, 21)), b, 0.0),
+    ):
+        solution = recover(*problem, solver=solver, z0=rng.standard_normal(21))
+        assert solution == (solution.z, 0.0, 0, True, solver)
+        assert solution.z.shape == (21,) and not solution.z.any()
+        assert not np.signbit(solution.z).any()
+
+
+def test_one_column_just_below_lam_max():
+    A, b = draw(np.random.default_rng(10), n=21)
+    c = A.T @ b
+    solution = recover(A, b, 0.9999 * np.abs(c).max())
+    assert np.flatnonzero(solution.z).tolist() == [np.abs(c).argmax()]
+
+
+def test_no_penalty_is_the_least_squares_fit_of_least_l1_norm():
+    linprog = pytest.importorskip("scipy.optimize").linprog
+    rng = np.random.default_rng(11)
+    for _ in range(150):
+        A, b, _ = integer_problem(rng)
+        n = A.shape[1]
+        solution = recover(A, b, 0.0)
+        fit = A @ np.linalg.lstsq(A, b, rcond=None)[0]
+        assert np.allclose(A @ solution.z, fit, atol=1e-9)
+        # z = positive part - negative part; presolve may take rounding for infeasibility
+        least = linprog(np.ones(2 * n), A_eq=np.hstack([A, -A]), b_eq=fit)
+        assert least.status == 0 and np.abs(solution.z).sum() <= least.fun + 1e-8
+
+
+def test_zero_columns_stay_zero():
+    A, b = draw(np.random.default_rng(12), n=14)
+    A[:, [0, 5]] = 0.0
+    solution = recover(A, b)
+    assert_solved(A, b, 1e-5, solution)
+    assert not solution.z[[0, 5]].any()
+
+
+@pytest.mark.parametrize("solver", ["homotopy", "fista", "clarabel"])
+def test_scale_of_the_problem_does_not_matter(solver):
+    """(s A, t b, s t lam) has the code of (A, b, lam) times t / s: exactly, for powers of 2."""
+    if solver == "clarabel":
+        pytest.importorskip("cvxpy")
+        pytest.importorskip("clarabel")
+    A, b = draw(np.random.default_rng(13), n=28, size=1.0)
+    reference = recover(A, b, 1e-2, solver)
+    for s, t in ((1.0, 2.0**-40), (2.0**-20, 1.0), (2.0**15, 2.0**30)):
+        scaled = recover(s * A, t * b, s * t * 1e-2, solver)
+        assert scaled.converged and scaled.gap == reference.gap
+        assert (scaled.z * (s / t) == reference.z).all()
+
+
+def test_arguments_are_converted_and_left_alone():
+    rng = np.random.default_rng(14)
+    A, b = draw(rng, n=14, size=1.0)
+    z0 = rng.standard_normal(14)
+    kept = A.copy(), b.copy(), z0.copy()
+    reference = recover(A, b)
+    for solver in NUMPY_SOLVERS:
+        assert recover(A, b, 0.1, solver, z0).z is not z0
+    assert all((x == y).all() for x, y in zip((A, b, z0), kept, strict=True))
+    assert (recover(A.tolist(), tuple(b)).z == reference.z).all()
+    assert np.allclose(recover(np.asfortranarray(A)[:, ::-1], b).z[::-1], reference.z, atol=1e-9)
+    assert recover(A.astype(np.float32), b).z.dtype == np.float64
+    assert recover([[1, 0], [0, 2]], [3, 4], 1).z.tolist() == pytest.approx([2.0, 1.75])
+
+
+# ------------------------------------------------------------------------------ first order
+
+
+@examples(max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.floats(-5, 0))
+def test_ista_descends(seed, n, log_lam):
+    rng = np.random.default_rng(seed)
+    A, b = draw(rng, n=n, size=1.0)
+    lam, z0 = 10.0**log_lam, rng.standard_normal(n)
+    best = recover(A, b, lam).z
+    iterates = islice(ista._ista_iterates(A, b, lam, z0), 100)
+    values = np.array([objective(A, b, z, lam) for z in (z0, *iterates)])
+    assert (np.diff(values) <= 1e-14 * values[0]).all()
+    # and at the rate of a step of 1/L, so it is not just a timid one
+    L = np.linalg.norm(A, 2) ** 2
+    bound = 0.5 * L * np.sum((z0 - best) ** 2) / np.arange(1, 101)
+    assert (values[1:] - objective(A, b, best, lam) <= bound + 1e-12).all()
+
+
+def well_conditioned(rng):
+    A = rng.standard_normal((20, 30))
+    b = rng.standard_normal(20)
+    return A, b, 0.2 * np.abs(A.T @ b).max()
+
+
+@pytest.mark.parametrize("solver", ["ista", "fista"])
+def test_first_order_agrees_with_homotopy(solver):
+    rng = np.random.default_rng(15)
+    for k in range(20):
+        A, b, lam = well_conditioned(rng)
+        exact = recover(A, b, lam)
+        z0 = rng.standard_normal(30) if k % 2 else None
+        solution = recover(A, b, lam, solver, z0)
+        assert solution.converged is True and solution.gap <= 1e-9 and solution.solver == solver
+        assert solution.n_iter < ista.MAX_ITER
+        assert objective(A, b, solution.z, lam) - objective(A, b, exact.z, lam) <= 0.5e-9 * (b @ b)
+        assert np.allclose(solution.z, exact.z, atol=1e-3)
+        assert (np.abs(solution.z) > 1e-3).tolist() == (np.abs(exact.z) > 1e-3).tolist()
+        assert recover(A, b, lam, solver, z0=exact.z).n_iter == 1
+
+
+def test_fista_is_fast_and_restarts():
+    rng = np.random.default_rng(16)
+    for _ in range(5):
+        A, b = draw(rng, n=28, size=1.0)
+        slow, fast = (recover(A, b, 0.1, solver) for solver in ("ista", "fista"))
+        assert fast.converged and fast.n_iter < slow.n_iter / 3
+
+
+@pytest.mark.parametrize("solver", ["ista", "fista"])
+def test_stopping_short_is_reported(solver, monkeypatch):
+    monkeypatch.setattr(ista, "MAX_ITER", 50)
+    A, b = draw(np.random.default_rng(17), n=28, size=1.0)
+    solution = recover(A, b, 1e-5, solver)
+    assert solution.converged is False and solution.n_iter == 50
+    assert solution.gap == pytest.approx(duality_gap(A, b, solution.z, 1e-5) / (0.5 * (b @ b)))
+    assert solution.gap > 1e-9
+    further = recover(A, b, 1e-5, solver, z0=solution.z)
+    assert objective(A, b, further.z, 1e-5) < objective(A, b, solution.z, 1e-5)
+
+
+def test_homotopy_that_fails_says_so(monkeypatch):
+    A, b = draw(np.random.default_rng(18), n=28, size=1.0)
+
+    def stuck(A, b, lam, z, slack, only_if_near=False):
+        return z, 1, False
+
+    monkeypatch.setattr(ista, "_active_set", stuck)
+    assert recover(A, b).converged is False
+
+
+# ------------------------------------------------------------------------------ other solvers
+
+
+def test_agreement_with_clarabel(capfd):
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("clarabel")
+    rng = np.random.default_rng(19)
+    told = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(48):
+            A, b = draw(rng, n=WIDTHS[k % 4], size=(1e-3, 1e-1, 1.0)[k % 3])
+            lam = 1e-5 if k < 24 else 1e-7
+            exact, other = recover(A, b, lam), recover(A, b, lam, "clarabel")
+            assert other.converged is True and other.gap <= 1e-9 and other.n_iter > 0
+            assert objective(A, b, exact.z, lam) <= objective(A, b, other.z, lam) * (1 + 1e-9)
+            size = np.abs(exact.z).max()
+            assert np.abs(exact.z - other.z).max() <= 1e-8 * size
+            if np.abs(exact.z[exact.z != 0]).min() > 1e-6 * size:
+                told += 1
+                assert ((np.abs(other.z) > 5e-7 * size) == (exact.z != 0)).all()
+    assert told >= 40
+    assert capfd.readouterr() == ("", "")
+
+
+def test_clarabel_without_penalty():
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("clarabel")
+    A, b = draw(np.random.default_rng(20), n=14, size=1.0)
+    solution = recover(A, b, 0.0, "clarabel")
+    assert solution.converged and np.allclose(A @ solution.z, b, atol=1e-8)
+
+
+def test_never_worse_than_scikit_learn():
+    """Its objective is ours over m: alpha = lam / m, and it fits an intercept unless told not."""
+    Lasso = pytest.importorskip("sklearn.linear_model").Lasso
+    rng = np.random.default_rng(21)
+    close = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it may not converge
+        for k in range(60):
+            A, b = draw(rng, n=WIDTHS[k % 4], size=1.0)
+            lam = 10.0 ** rng.uniform(-3, 0)
+            theirs = Lasso(alpha=lam / 7, fit_intercept=False, tol=1e-12, max_iter=20_000)
+            their_value = objective(A, b, theirs.fit(A, b).coef_, lam)
+            value = objective(A, b, recover(A, b, lam).z, lam)
+            assert value <= their_value * (1 + 1e-12)
+            close += their_value <= value * (1 + 1e-6)
+    assert close >= 30
+
+
+# ------------------------------------------------------------------------------ errors
+
+GOOD_A, GOOD_B = np.ones((3, 5)), np.ones(3)
+
+
+def with_entry(x, value):
+    x = np.array(x, dtype=float)
+    x.flat[-1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    "A, b, z, named",
+    [
+        (GOOD_A, np.ones(4), None, ["(3, 5)", "(4,)"]),
+        (GOOD_A, np.ones((3, 1)), None, ["(3, 5)", "(3, 1)"]),
+        (GOOD_A[0], GOOD_B, None, ["(5,)", "(3,)"]),
+        (np.ones((3, 0)), GOOD_B, None, ["(3, 0)", "(3,)"]),
+        (np.ones((0, 5)), np.ones(0), None, ["(0, 5)", "(0,)"]),
+        (with_entry(GOOD_A, math.nan), GOOD_B, None, ["(3, 5)", "(3,)", "finite"]),
+        (GOOD_A, with_entry(GOOD_B, -math.inf), None, ["(3, 5)", "(3,)", "finite"]),
+        (GOOD_A, GOOD_B, np.ones(4), ["(3, 5)", "(4,)"]),
+        (GOOD_A, GOOD_B, np.ones((5, 1)), ["(3, 5)", "(5, 1)"]),
+        (GOOD_A, GOOD_B, with_entry(np.ones(5), math.nan), ["(5,)", "finite"]),
+    ],
+)
+def test_bad_arrays(A, b, z, named):
+    code = np.ones(5) if z is None else z
+    calls = [partial(recover, A, b, 0.1, solver, z) for solver in NUMPY_SOLVERS]
+    calls += [partial(objective, A, b, code, 0.1), partial(duality_gap, A, b, code, 0.1)]
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert all(name in str(error.value) for name in named)
+
+
+@pytest.mark.parametrize("lam", [-1e-9, math.nan, math.inf, -math.inf])
+def test_bad_lam(lam):
+    for call in (recover, lambda A, b, lam: objective(A, b, np.ones(5), lam)):
+        with pytest.raises(ValueError, match="lam"):
+            call(GOOD_A, GOOD_B, lam)
+
+
+def test_unknown_solver_lists_the_known():
+    with pytest.raises(ValueError) as error:
+        recover(GOOD_A, GOOD_B, solver="osqp")
+    assert "osqp" in str(error.value) and all(name in str(error.value) for name in SOLVERS)
+
+
+def unavailable(solver):
+    with pytest.raises(SolverUnavailable) as error:
+        recover(GOOD_A, GOOD_B, 0.1, solver)
+    message = str(error.value)
+    assert "\n" not in message and all(name in message for name in NUMPY_SOLVERS)
+    assert isinstance(error.value, RuntimeError)
+    return message
+
+
+@pytest.mark.parametrize(
+    "solver, package", [("mosek", "cvxpy"), ("clarabel", "cvxpy"), ("mosek", "mosek"),
+                        ("clarabel", "clarabel")]
+)  # fmt: skip
+def test_missing_package(solver, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cvxpy", types.ModuleType("cvxpy"))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}" in unavailable(solver)
+
+
+def test_mosek_without_licence_simulated(monkeypatch):
+    class Error(Exception):
+        pass
+
+    class Env:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def checkoutlicense(self, feature):
+            raise Error("licence\nnot found")
+
+    fake = types.ModuleType("mosek")
+    fake.Error, fake.Env, fake.feature = Error, Env, types.SimpleNamespace(pton=0)
+    monkeypatch.setitem(sys.modules, "mosek", fake)
+    monkeypatch.setitem(sys.modules, "cvxpy", types.ModuleType("cvxpy"))
+    message = unavailable("mosek")
+    assert "~/mosek/mosek.lic" in message and "MOSEKLM_LICENSE_FILE" in message
+    assert "clarabel" in message
+
+
+def has_mosek_licence():
+    mosek = pytest.importorskip("mosek")
+    try:
+        with mosek.Env() as env:
+            env.checkoutlicense(mosek.feature.pton)
+    except mosek.Error:
+        return False
+    return True
+
+
+def test_mosek():
+    pytest.importorskip("cvxpy")
+    if not has_mosek_licence():
+        message = unavailable("mosek")
+        assert "~/mosek/mosek.lic" in message and "MOSEKLM_LICENSE_FILE" in message
+        return
+    A, b = draw(np.random.default_rng(22), n=28, size=1.0)
+    assert recover(A, b, 1e-3, "mosek").gap <= 1e-6
+
+
+def test_mosek_accepts_its_options():
+    """A tolerance out of MOSEK's range raises before the licence is looked for."""
+    pytest.importorskip("cvxpy")
+    if has_mosek_licence():
+        pytest.skip("test_mosek runs it")
+    with pytest.raises(Exception, match="[Ll]icense"):
+        ista._cvxpy(GOOD_A, GOOD_B, 0.1, "mosek")
+
+
+def test_import_is_numpy_only():
+    code = "import sys, ista; print([m for m in ('cvxpy', 'mosek', 'scipy') if m in sys.modules])"
+    root = Path(ista.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.stdout == "[]\n" and run.stderr == ""
