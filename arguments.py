@@ -198,3 +198,11 @@ def checkpoint_path(resume):
     if not os.path.isfile(path):
         raise ValueError(f"--resume {resume}: there is no checkpoint at {path}")
     return path
+
+
+def check_file(flag, path):
+    """Raise ValueError unless `path`, the value of a flag, is a file that can be read."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{flag} {path}: there is no such file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{flag} {path}: not readable")

@@ -222,3 +222,21 @@ def from_config(config):
     """
     kwargs = {**config, "genotype": from_lists(config["genotype"])}
     return (NetworkImageNet if kwargs.pop("imagenet") else NetworkCIFAR)(**kwargs)
+
+
+def shape_of(weights):
+    """What a plain state dict says of its network: all of its `config` but the genotype.
+
+    Raises
+    ------
+    KeyError
+        If these are not the weights of such a network.
+    """
+    imagenet = "stem0.0.weight" in weights
+    return dict(
+        imagenet=imagenet,
+        C=len(weights["stem1.1.weight"]) if imagenet else len(weights["stem.0.weight"]) // 3,
+        num_classes=len(weights["classifier.weight"]),
+        layers=1 + max(int(key.split(".")[1]) for key in weights if key.startswith("cells.")),
+        auxiliary="auxiliary_head.classifier.weight" in weights,
+    )

@@ -192,10 +192,10 @@ def test_repair_descends(monkeypatch):
         return Z, R
 
     monkeypatch.setattr(ista, "_stationary", recorded)
-    for _ in range(100):
-        lam, problem = 1e-4, draw(rng, size=1.0)
-        z0 = np.zeros(problem[0].shape[1])
-        z0[rng.choice(len(z0), 7, replace=False)] = rng.standard_normal(7)
+    for _ in range(400):
+        lam, problem = 10.0 ** rng.uniform(-3, -1), draw(rng, n=30, m=15, size=4.0)
+        z0 = np.zeros(30)
+        z0[rng.choice(30, 10, replace=False)] = rng.standard_normal(10)
         values.clear()
         assert ista._active_set(*problem, lam, z0, 1e-12)[2]
         assert len(values) >= 1 and (np.diff(values) < 0.0).all()
@@ -237,6 +237,25 @@ def test_nearly_dependent_columns():
         A[:, 10:] = A[:, :11] + 10.0 ** rng.uniform(-16, -4) * rng.standard_normal((7, 11))
         z0 = rng.standard_normal(21) * (rng.random(21) < 0.3) if k % 2 else None
         assert_solved(A, b, 1e-4, recover(A, b, 1e-4, z0=z0))
+
+
+def test_hopeless_problems_are_reported():
+    """Columns dependent to 1e-6 ... 1e-13 and almost no penalty: codes of norm 1e7 and more."""
+    rng = np.random.default_rng(27)
+    short = 0
+    for k in range(1000):
+        m, n = rng.integers(2, 8), rng.integers(4, 22)
+        A, half = rng.standard_normal((m, n)), n // 2
+        A[:, half : 2 * half] = A[:, :half] @ rng.integers(-1, 2, (half, half))
+        A += 10.0 ** rng.uniform(-13, -6) * rng.standard_normal((m, n))
+        b, lam = rng.standard_normal(m), (0.0, 1e-12, 1e-9)[k % 3]
+        z0 = np.where(rng.random(n) < 0.2, rng.standard_normal(n), 0.0)
+        solution = recover(A, b, lam, z0=z0)
+        assert np.isfinite(solution.z).all()
+        short += not solution.converged
+        if solution.converged:
+            assert duality_gap(A, b, solution.z, lam) <= 1.01e-9 * 0.5 * (b @ b)
+    assert 0 < short < 500
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (1, 9), (9, 1), (7, 7), (12, 7), (30, 80), (60, 30)])
@@ -499,7 +518,7 @@ def test_agreement_with_clarabel(capfd):
         warnings.simplefilter("error")
         for k in range(48):
             A, b = draw(rng, n=WIDTHS[k % 4], size=(1e-3, 1e-1, 1.0)[k % 3])
-            lam = 1e-5 if k < 24 else 1e-7
+            lam = 1e-5 if k < 24 else 1e-8
             exact, other = recover(A, b, lam), recover(A, b, lam, "clarabel")
             assert other.converged is True and other.gap <= 1e-9 and other.n_iter > 0
             assert objective(A, b, exact.z, lam) <= objective(A, b, other.z, lam) * (1 + 1e-9)

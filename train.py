@@ -1,0 +1,294 @@
+"""Train the network of a genotype from scratch, or evaluate one that is trained.
+
+    python train.py --arch runs/NAME/genotype.json            # published recipe, CIFAR-10
+    python train.py --arch ISTA_twostage                      # a published cell
+    python train.py --arch "Genotype(normal=[...], ...)"      # one copied from a log
+    python train.py --arch random:3                           # a random cell, for comparison
+    python train.py --resume runs/train-20201206-101500       # go on after an interruption
+    python train.py --evaluate --weights runs/NAME/network.pt # measure a trained network
+
+The recipe is that of DARTS: SGD with a cosine learning rate, cutout, an auxiliary head, and a
+drop-path probability that rises with the epochs. The network after the last epoch is in
+network.pt, the best of all epochs in network-best.pt. Nothing is selected by the test accuracy but
+that name.
+"""
+
+import arguments
+import genotypes
+
+CIFAR = dict(
+    init_channels=36, layers=20, batch_size=96, epochs=600, seed=0,
+    learning_rate=0.025, learning_rate_min=0.0, weight_decay=3e-4,
+    auxiliary=True, cutout=True, drop_path_prob=0.2,
+)  # fmt: skip
+
+
+def get_args_parser():
+    parser = arguments.Parser(prog="train.py", description=__doc__)
+    arguments.add_shared(parser)
+    group = parser.add_argument_group("what to train or evaluate")
+    group.add_argument(
+        "--arch", metavar="GENOTYPE",
+        help="a published name, random:SEED, a genotype.json, or a text 'Genotype(...)'",
+    )  # fmt: skip
+    arguments.switch(group, "one_stage", "BatchNorm after pools and skips (default: the genotype's)")
+    group.add_argument(
+        "--weights", metavar="FILE",
+        help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
+        "(the latter needs --arch)",
+    )  # fmt: skip
+    group.add_argument(
+        "--evaluate", action="store_true",
+        help="measure the network of --weights or --resume on the test set, and do nothing else",
+    )  # fmt: skip
+    return parser
+
+
+def check(args):
+    """Raise ValueError on flags that cannot be right, before anything is loaded."""
+    arguments.check_shared(args)
+    if args.arch is not None:
+        genotypes.load(args.arch)
+    if args.weights is not None:
+        arguments.check_file("--weights", args.weights)
+    if args.resume and (args.weights or args.arch):
+        raise ValueError("--resume brings its own network: leave out --weights and --arch")
+    if args.evaluate and not (args.weights or args.resume):
+        raise ValueError("--evaluate needs the network to measure: --weights FILE or --resume RUN")
+    if not (args.arch or args.weights or args.resume):
+        raise ValueError(
+            "--arch is missing: give a genotype.json that search.py wrote, or one of "
+            f"{', '.join(genotypes.NAMED)}"
+        )
+
+
+if __name__ == "__main__":  # before torch is imported, so that a typing error is answered at once
+    parser = get_args_parser()
+    args = parser.parse_args(published=lambda typed: CIFAR, check=check)
+
+import shlex  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.nn.utils import clip_grad_norm_  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+import utils  # noqa: E402
+
+
+def main(args):
+    # --------------------------------------------------------------------------------------------
+    # Network and data
+    # --------------------------------------------------------------------------------------------
+    checkpoint = source = None
+    if args.resume:
+        checkpoint, args = utils.resume(args, "train")
+        source = checkpoint
+    elif args.weights:
+        source = utils.read_weights(args.weights)
+        for name in ("dataset", "data", "image_size"):  # unless told otherwise, the same data
+            if name not in args.typed:
+                setattr(args, name, source["args"].get(name, getattr(args, name)))
+    config = network_config(args, source)
+    device = utils.choose_device(args.device)
+    utils.seed_everything(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    notes = []
+    train, test = data.load(
+        args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
+    )
+    if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
+        raise utils.UserError(
+            f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
+            f"{len(test.classes)}: give its --dataset and --data"
+        )
+    net = model.from_config(config)
+    if source:
+        utils.load_weights(net, source["model"], args.weights or args.resume)
+    net = net.to(device, memory_format=torch.channels_last)
+    test_batches = data.Batches(test, args.batch_size, train=False, channels_last=True)
+    millions, multiply_adds = cost(net, args.image_size)
+    notes.append(
+        f"network: {millions:.4f} M parameters (without the auxiliary head), "
+        f"{multiply_adds / 1e6:.1f} M multiply-adds an image; device {device}"
+    )
+
+    if args.evaluate:
+        for note in notes:
+            print(note)
+        loss, accuracy = utils.evaluate(net, test_batches, args.amp)
+        print(f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %, loss {loss:.4f}, "
+              f"on {len(test)} images of {args.dataset}")  # fmt: skip
+        return
+
+    # --------------------------------------------------------------------------------------------
+    # A new run, or an old one from where it stopped
+    # --------------------------------------------------------------------------------------------
+    train_batches = data.Batches(
+        train, args.batch_size, train=True, generator=generator, channels_last=True,
+        cutout_length=args.cutout_length if args.cutout else 0,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(
+        net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
+        foreach=True,
+    )  # fmt: skip
+    if checkpoint:
+        epoch, best = checkpoint["epoch"], checkpoint["best"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        utils.set_random_state(checkpoint["random"], generator)
+        run = utils.Run(args.save)
+        run.cut(epoch)
+        run.log(f"resumed {run.path} after epoch {epoch} of {args.epochs}")
+    else:
+        epoch, best = 0, 0.0
+        run = utils.Run.create(args, "train")
+        run.log(f"new run in {run.path}")
+        genotypes.save(
+            run.file("genotype.json"), genotypes.from_lists(config["genotype"]),
+            config["one_stage"], arch=args.arch, arguments=utils.plain(args),
+        )  # fmt: skip
+    for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
+        run.log(note)
+    columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc", "best acc",
+               "time", "left"]  # fmt: skip
+    run.log(utils.table_row(columns))
+
+    # --------------------------------------------------------------------------------------------
+    # The epochs
+    # --------------------------------------------------------------------------------------------
+    while epoch < args.epochs:
+        began = time.time()
+        learning_rate = utils.cosine(epoch, args.epochs, args.learning_rate, args.learning_rate_min)
+        utils.set_learning_rate(optimizer, learning_rate)
+        net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
+        epoch += 1
+        row = dict(epoch=epoch, learning_rate=learning_rate, drop_path_prob=net.drop_path_prob)
+        name = f"{epoch}/{args.epochs}"
+
+        with utils.Epoch(run, name, train_batches, learning_rate, args.report_freq) as progress:
+            meter = train_epoch(net, train_batches, optimizer, args, progress)
+            row["train_loss"], row["train_accuracy"] = meter.read()
+            loss, accuracy = utils.evaluate(net, test_batches, args.amp)
+            is_best = accuracy > best
+            best = max(best, accuracy)
+            row.update(test_loss=loss, test_accuracy=accuracy, best_accuracy=best)
+
+            row["seconds"] = time.time() - began
+            row["peak_memory_gib"] = utils.peak_memory(device)
+            run.log(utils.table_row(columns, [
+                name, f"{learning_rate:.4f}",
+                f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
+                f"{loss:.3f}", f"{accuracy:.2f} %", f"{best:.2f} %",
+                utils.duration(row["seconds"]),
+                utils.duration(row["seconds"] * (args.epochs - epoch)),
+            ]))  # fmt: skip
+            run.append("metrics.jsonl", row)
+            if is_best:
+                utils.save_network(run.file("network-best.pt"), net, args, row)
+            run.save_checkpoint({
+                "kind": "train", "version": arguments.__version__, "args": utils.plain(args),
+                "epoch": epoch, "best": best, "row": row,
+                "network": net.config, "model": net.state_dict(),
+                "optimizer": optimizer.state_dict(), "random": utils.random_state(generator),
+            })  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------
+    # What came out, and what to do with it
+    # --------------------------------------------------------------------------------------------
+    loss, accuracy = utils.evaluate(net, test_batches, args.amp)
+    utils.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
+    run.log(f"test accuracy {accuracy:.2f} % after the last epoch (network.pt), "
+            f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
+    run.log("measure the network again with")
+    run.log(f"    python train.py --evaluate --weights {shlex.quote(run.file('network.pt'))}")
+
+
+def train_epoch(net, batches, optimizer, args, progress):
+    """One epoch of SGD on the loss of the network and, with its weight, of the auxiliary head.
+
+    Returns
+    -------
+    utils.Meter
+    """
+    net.train()
+    parameters = list(net.parameters())
+    device = parameters[0].device
+    meter = utils.Meter(device)
+    for x, y in batches:
+        with utils.autocast(device, args.amp):
+            logits, logits_aux = net(x)
+        loss = total = F.cross_entropy(logits.float(), y)
+        if logits_aux is not None:
+            total = loss + args.auxiliary_weight * F.cross_entropy(logits_aux.float(), y)
+        optimizer.zero_grad()
+        total.backward()
+        clip_grad_norm_(parameters, args.grad_clip)
+        optimizer.step()
+        meter.add(loss, logits, y)
+        progress.step(meter)
+    return meter
+
+
+def cost(net, image_size):
+    """Parameters in millions, and multiply-adds of an image; both without the auxiliary head."""
+    parameters = sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
+    image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.eval()(image)
+    return parameters / 1e6, counter.get_total_flops() // 2
+
+
+def network_config(args, source):
+    """Describe the network of the arguments, or that of a file of weights.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Its init_channels, layers and auxiliary are set to those of the network.
+    source : dict or None
+        What `utils.resume` or `utils.read_weights` found.
+
+    Returns
+    -------
+    dict
+        For `model.from_config`; `num_classes` is missing where the data has to tell.
+
+    Raises
+    ------
+    utils.UserError
+        If a typed flag contradicts the file.
+    """
+    config = dict(source["network"]) if source else {}
+    if args.arch:
+        genotype, one_stage = genotypes.load(args.arch)
+        named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)
+        if config.setdefault("genotype", named["genotype"]) != named["genotype"]:
+            raise utils.UserError(
+                f"--arch {args.arch} is not the genotype in {args.weights}: leave it out"
+            )
+        config = {**named, **config}
+    elif "genotype" not in config:
+        raise utils.UserError(
+            f"{args.weights} does not say what genotype its weights are for: give --arch"
+        )
+    for flag, key in (("init_channels", "C"), ("layers", "layers")):
+        value = getattr(args, flag)
+        if flag in args.typed and config.get(key, value) != value:
+            raise utils.UserError(
+                f"--{flag} {value} contradicts {args.weights}, which has {config[key]}"
+            )
+        setattr(args, flag, config.setdefault(key, value))
+    for flag in ("auxiliary", "one_stage"):
+        if flag in args.typed:
+            config[flag] = getattr(args, flag)
+    args.auxiliary = config.setdefault("auxiliary", args.auxiliary)
+    return {"imagenet": False, **config}
+
+
+if __name__ == "__main__":
+    with utils.command("train.py"):
+        main(args)
