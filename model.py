@@ -8,7 +8,10 @@ A network is a stem, a row of cells and a classifier. `Skeleton` is that row; th
 `model_search.py` uses it too, with cells of its own.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from genotypes import NODES, as_lists, from_lists
@@ -100,6 +103,17 @@ class Skeleton(nn.Module):
         return self.classifier(self.global_pooling(s1.x).flatten(1)), logits_aux
 
 
+class PoolTo2x2(nn.Module):
+    """Average pooling to 2×2 pixels; of 8×8 with windows of 5 and stride 3, as DARTS pools."""
+
+    def forward(self, x):
+        size = x.shape[-1]
+        if size == 1:
+            return F.adaptive_avg_pool2d(x, 2)
+        window = min(math.ceil(size * 5 / 8), size - 1)
+        return F.avg_pool2d(x, window, stride=size - window)
+
+
 class AuxiliaryHead(nn.Module):
     """A second classifier part of the way up, which shortens the path of the gradient."""
 
@@ -107,7 +121,7 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.ReLU(),
-            nn.AvgPool2d(5, stride=2 if imagenet else 3, count_include_pad=False),
+            nn.AvgPool2d(5, stride=2) if imagenet else PoolTo2x2(),
             nn.Conv2d(C, 128, 1, bias=False),
             BatchNorm2d(128),
             nn.ReLU(inplace=True),

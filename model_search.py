@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import ista
-from genotypes import NODES, PRIMITIVES, Genotype
+from genotypes import NODES, PRIMITIVES, Genotype, as_lists
 from model import NetworkCIFAR, Skeleton, preprocess
 from operations import BatchNorm2d, State, build, drop_path
 
@@ -302,6 +302,11 @@ class Network(Skeleton):
         """The support as a Genotype: at each node its pairs by input node, then operation."""
         concat = range(2, 2 + NODES)
         return Genotype(self.normal_code.pairs(), concat, self.reduce_code.pairs(), concat)
+
+    def describe(self):
+        """The genotype as plain lists, and the weights of its pairs: a line of genotypes.jsonl."""
+        normal, reduce = (code.active_weights().flatten().tolist() for code in self.codes)
+        return {**as_lists(self.genotype()), "normal_weights": normal, "reduce_weights": reduce}
 
     def recover(self, solver="homotopy", freeze_tol=None, max_params=None):
         """Refresh codes and supports from the points b.

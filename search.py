@@ -261,7 +261,7 @@ def main(args):
             report(run, args, recoveries)
             run.log(f"genotype = {net.genotype()}")
             run.append("metrics.jsonl", row)
-            run.append("genotypes.jsonl", {"epoch": epoch, **genotypes.as_lists(net.genotype())})
+            run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
             save_genotype(run, args, net, row)
             run.save_checkpoint({
                 "kind": "search", "version": arguments.__version__, "args": utils.plain(args),
@@ -282,7 +282,8 @@ def main(args):
         _, before = utils.evaluate(net, held_out_batches, args.amp)
         _, after = utils.evaluate(plain, held_out_batches, args.amp)
         run.log(f"test accuracy {before:.2f} % in the supernet, {after:.2f} % after absorption")
-        utils.save_network(run.file("network.pt"), plain, args, dict(epoch=epoch, test_accuracy=after))
+        about = dict(epoch=epoch, test_accuracy=after)
+        utils.save_network(run.file("network.pt"), plain, args, about)
         run.log("the trained network is in network.pt; to measure it, and to train it further:")
         run.log(f"    python train.py --evaluate --weights {run.file('network.pt')}")
         run.log(f"    python train.py --weights {run.file('network.pt')}{utils.data_flags(args)}")

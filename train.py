@@ -31,7 +31,7 @@ def get_args_parser():
         "--arch", metavar="GENOTYPE",
         help="a published name, random:SEED, a genotype.json, or a text 'Genotype(...)'",
     )  # fmt: skip
-    arguments.switch(group, "one_stage", "BatchNorm after pools and skips (default: the genotype's)")
+    arguments.switch(group, "one_stage", "BatchNorm after pools and skips (default: as searched)")
     group.add_argument(
         "--weights", metavar="FILE",
         help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
@@ -111,10 +111,10 @@ def main(args):
         utils.load_weights(net, source["model"], args.weights or args.resume)
     net = net.to(device, memory_format=torch.channels_last)
     test_batches = data.Batches(test, args.batch_size, train=False, channels_last=True)
-    millions, multiply_adds = cost(net, args.image_size)
+    parameters, multiply_adds = cost(net, args.image_size)
     notes.append(
-        f"network: {millions:.4f} M parameters (without the auxiliary head), "
-        f"{multiply_adds / 1e6:.1f} M multiply-adds an image; device {device}"
+        f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds "
+        f"an image, both without the auxiliary head; device {device}"
     )
 
     if args.evaluate:
@@ -177,6 +177,7 @@ def main(args):
             best = max(best, accuracy)
             row.update(test_loss=loss, test_accuracy=accuracy, best_accuracy=best)
 
+            row.update(parameters=parameters, multiply_adds=multiply_adds)
             row["seconds"] = time.time() - began
             row["peak_memory_gib"] = utils.peak_memory(device)
             run.log(utils.table_row(columns, [
@@ -203,7 +204,8 @@ def main(args):
     utils.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
     run.log(f"test accuracy {accuracy:.2f} % after the last epoch (network.pt), "
             f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
-    run.log("measure the network again with")
+    run.log(f"genotype = {genotypes.from_lists(config['genotype'])}")
+    run.log("to measure the network again:")
     run.log(f"    python train.py --evaluate --weights {shlex.quote(run.file('network.pt'))}")
 
 
@@ -234,12 +236,12 @@ def train_epoch(net, batches, optimizer, args, progress):
 
 
 def cost(net, image_size):
-    """Parameters in millions, and multiply-adds of an image; both without the auxiliary head."""
+    """Parameters, and multiply-adds of an image; both without the auxiliary head."""
     parameters = sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
     image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.eval()(image)
-    return parameters / 1e6, counter.get_total_flops() // 2
+    return parameters, counter.get_total_flops() // 2  # a multiply-add is two operations
 
 
 def network_config(args, source):
