@@ -504,16 +504,15 @@ def search_figure(run):
     matplotlib.figure.Figure
     """
     with _style():
-        lanes = sum(range(2, 2 + NODES))
         each = len(run.genotype.normal) if run.history else 0
-        heights = {"normal": lanes * BAR + 3 * BREAK, "reduce": lanes * BAR + 3 * BREAK}
-        heights = heights if run.history else {}
+        lanes = {cell: _lanes(run.history, cell) for cell in CELLS}
+        heights = {cell: sum(lanes[cell].values()) + 3 * BREAK for cell in CELLS if run.history}
         heights["distance"] = 1.1
         for cell in CELLS:
             if any(choice.weights[cell] for choice in run.history):
                 heights[f"{cell} weights"] = max(0.85, 0.1 * each)
-        top = 0.62 if run.history else 0.3
-        height = top + sum(h + 0.25 for h in heights.values()) + 0.15
+        top = 0.4 if run.history else 0.2
+        height = top + sum(h + 0.25 for h in heights.values()) + 0.27
         figure = _figure(WIDTH, height)
         last = max([*(c.epoch for c in run.history), run.metrics[-1]["epoch"]])
         until = last if run.end is None else min(last, run.end + max(1, math.ceil(run.end / 12)))
@@ -530,12 +529,12 @@ def search_figure(run):
             axes.tick_params(labelbottom=False)
             top += size + 0.05
             if run.end is not None:
-                axes.axvline(run.end + 0.5, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+                axes.axvline(run.end + 0.5, color="black", linewidth=0.9, linestyle=(0, (4, 2)), zorder=5)
         _epoch_axis(axes, until)
         axes.tick_params(labelbottom=True)
         for cell in CELLS:
             if cell in panels:
-                _draw_choices(panels[cell], run, cell, until)
+                _draw_choices(panels[cell], run, cell, lanes[cell], until)
             if f"{cell} weights" in panels:
                 _draw_weights(panels[f"{cell} weights"], run, cell, until)
         _draw_distances(panels["distance"], run, until)
@@ -581,21 +580,38 @@ def _legend(figure, bottom, frozen):
     )  # fmt: skip
 
 
-def _draw_choices(axes, run, cell, until):
+def _lanes(history, cell):
+    """Heights of the lanes of (node, input): room for a label in all bars that ever share one."""
+    most = dict.fromkeys(((node, s) for node in range(2, OUTPUT) for s in range(node)), 1)
+    for choice in history:
+        for place, operations in _by_lane(getattr(choice.genotype, cell)).items():
+            most[place] = max(most[place], len(operations))
+    return {place: BAR if n == 1 else 0.1 * n for place, n in most.items()}
+
+
+def _by_lane(pairs):
+    """Operations of each (node, input)."""
+    lanes = defaultdict(list)
+    for k, (operation, source) in enumerate(pairs):
+        lanes[2 + k // (len(pairs) // NODES), source].append(operation)
+    return lanes
+
+
+def _draw_choices(axes, run, cell, lanes, until):
     """A lane for each input of each node, with a bar in the epochs in which a pair takes it."""
     from matplotlib.patches import Rectangle
 
-    tops, y = {}, 0.0  # of the lane of (node, input)
+    tops, y = {}, 0.0
     for node in range(2, OUTPUT):
         for source in range(node):
-            tops[node, source] = y
-            axes.add_patch(Rectangle((0.5, y + 0.008), until, BAR - 0.016, color="#F0F0F0"))
-            y += BAR
-        axes.text(-0.4 / (WIDTH - LEFT - RIGHT), y - BAR * node / 2, f"node {NAMES[node]}",
+            tops[node, source], high = y, lanes[node, source]
+            axes.add_patch(Rectangle((0.5, y + 0.008), until, high - 0.016, color="#F0F0F0"))
+            y += high
+        axes.text(-0.4 / (WIDTH - LEFT - RIGHT), (tops[node, 0] + y) / 2, f"node {NAMES[node]}",
                   transform=axes.get_yaxis_transform(), ha="right", va="center_baseline")  # fmt: skip
         y += BREAK
     axes.set(ylim=(y - BREAK, 0), title=CELLS[cell])
-    axes.set_yticks([top + BAR / 2 for top in tops.values()], [NAMES[s] for _, s in tops])
+    axes.set_yticks([tops[p] + lanes[p] / 2 for p in tops], [NAMES[s] for _, s in tops])
     axes.tick_params(axis="y", length=0, pad=2, labelsize=6)
     axes.grid(False)
     for side in ("left", "right", "top"):
@@ -606,12 +622,9 @@ def _draw_choices(axes, run, cell, until):
     shown = [choice for choice in run.history if choice.epoch <= until]
     for i, choice in enumerate(shown):
         stop = shown[i + 1].epoch - 0.5 if i + 1 < len(shown) else choice.epoch + 0.5
-        pairs, lane = getattr(choice.genotype, cell), defaultdict(list)
-        for k, (operation, source) in enumerate(pairs):
-            lane[2 + k // (len(pairs) // NODES), source].append(operation)
-        now = {(place, operation, i, len(operations)): stop
-               for place, operations in lane.items()
-               for i, operation in enumerate(operations)}  # fmt: skip
+        now = [(place, operation, i, len(operations))
+               for place, operations in _by_lane(getattr(choice.genotype, cell)).items()
+               for i, operation in enumerate(operations)]  # fmt: skip
         for key in set(open_bars) - set(now):
             bars.append((*key, *open_bars.pop(key)))
         for key in now:
@@ -620,18 +633,18 @@ def _draw_choices(axes, run, cell, until):
     inch = until / (WIDTH - LEFT - RIGHT)
     for place, operation, i, sharing, start, stop in sorted(bars):
         name, colour, *_ = OPERATIONS[operation]
-        high = (BAR - 0.016) / sharing
+        high = (lanes[place] - 0.016) / sharing
         top = tops[place] + 0.008 + i * high
         axes.add_patch(Rectangle((start, top), stop - start, high, facecolor=colour, zorder=2,
                                  edgecolor="white", linewidth=0.3))  # fmt: skip
-        if sharing == 1 and (stop - start) / inch > 0.055 * len(name) + 0.03:
+        if (stop - start) / inch > 0.055 * len(name) + 0.03:
             axes.text((start + stop) / 2, top + high / 2 + 0.004, name, size=6, ha="center",
                       va="center_baseline", color=_ink(colour), gid="bar")  # fmt: skip
     for node, epoch, _ in _freezes(run):
         if (cell == "reduce") == (node >= NODES):
-            top = tops[2 + node % NODES, 0]
-            axes.plot([epoch + 0.5] * 2, [top, top + BAR * (2 + node % NODES)], color="black",
-                      linewidth=1.6, solid_capstyle="butt", zorder=4)  # fmt: skip
+            ends = (2 + node % NODES, 0), (2 + node % NODES, 1 + node % NODES)
+            axes.plot([epoch + 0.5] * 2, [tops[ends[0]], tops[ends[1]] + lanes[ends[1]]],
+                      color="black", linewidth=1.6, solid_capstyle="butt", zorder=4)  # fmt: skip
 
 
 def _freezes(run):
@@ -658,26 +671,25 @@ def _draw_distances(axes, run, until):
         axes.plot(*(zip(*points, strict=True) if points else ([], [])), color=shades[node % NODES],
                   linestyle=kinds[node // NODES], marker=marker, markersize=3,
                   label=f"{'normal' if node < NODES else 'reduction'} {node % NODES}")  # fmt: skip
+    label = "freezes"
     for node, epoch, distance in _freezes(run):
         if distance > 0:
-            axes.plot(epoch, distance, "o", color=shades[node % NODES], markersize=3.5,
-                      markeredgecolor="black", markeredgewidth=0.7, zorder=4)  # fmt: skip
+            axes.plot(epoch, distance, "o", color=shades[node % NODES], markersize=3.5, zorder=4,
+                      markeredgecolor="black", markeredgewidth=0.7, label=label)  # fmt: skip
+            label = None
     tolerance = run.config.get("freeze_tol")
-    if run.one_stage and isinstance(tolerance, float) and tolerance > 0:
-        axes.axhline(tolerance, color="black", linewidth=0.7, linestyle=":")
+    if run.one_stage and isinstance(tolerance, int | float) and tolerance > 0:
+        axes.axhline(tolerance, color="black", linewidth=0.7, linestyle=":", label="tolerance")
         positive.append(tolerance)
+    rejected = [row["epoch"] for row in run.metrics if row.get("rejected") is True]
+    if rejected:
+        axes.plot(rejected, [0.05] * len(rejected), "kx", markersize=3, markeredgewidth=0.8,
+                  transform=axes.get_xaxis_transform(), label="rejected")  # fmt: skip
     low, high = (min(positive), max(positive)) if positive else (0.1, 1.0)
-    axes.set(yscale="log", title="distance of each code from the last, $\\|z_t - z_{t-1}\\|_2$")
+    axes.set(yscale="log", title="distance of each code from the last one, $\\|z_t - z_{t-1}\\|_2$")
     axes.set_ylim(10 ** math.floor(math.log10(low) - 0.05), 10 ** math.ceil(math.log10(high) + 0.05))
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if run.one_stage and isinstance(tolerance, float) and tolerance > 0:
-        axes.annotate("freezes", (1, tolerance), (3, 0), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", va="center", size=6)  # fmt: skip
-    rejected = [row["epoch"] for row in run.metrics if row.get("rejected") is True]
-    if rejected:
-        axes.plot(rejected, [0.96] * len(rejected), "kx", markersize=3, markeredgewidth=0.8,
-                  transform=axes.get_xaxis_transform(), label="rejected")  # fmt: skip
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.04), handlelength=1.5, labelspacing=0.15,
                 fontsize=6, handletextpad=0.4, borderpad=0, borderaxespad=0.3)  # fmt: skip
 
@@ -711,3 +723,349 @@ def _draw_weights(axes, run, cell, until):
                       textcoords=axes.get_yaxis_transform(), va="center_baseline", size=6,
                       arrowprops=dict(arrowstyle="-", linewidth=0.4, color="#888888", shrinkA=0,
                                       shrinkB=0, relpos=(0, 0.5)))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves, and several runs side by side
+# ------------------------------------------------------------------------------------------------
+
+SERIES = {
+    "train": ("training", "#0B5FA5", "-"),
+    "arch": ("half for b, augmented", "#EBAA1E", (0, (1, 1))),
+    "valid": ("validation", "#D55E00", (0, (4, 1.5))),
+    "test": ("test", "#D55E00", (0, (4, 1.5))),
+}
+
+
+def curves_figure(run):
+    """Draw losses, accuracies and learning rate (and drop-path probability) over the epochs.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    with _style():
+        figure = _figure(WIDTH, 2.35)
+        figure.text(0.06 / WIDTH, 1 - 0.06 / 2.35, run.name, va="top", size=8, weight="bold")
+        loss, accuracy = (_axes(figure, left, 0.65, 2.05, 1.35) for left in (0.42, 2.86))
+        drop = any(_series(run, "drop_path_prob")[1])
+        rate = _axes(figure, 5.36, 0.65, 1.42, 0.55 if drop else 1.35)
+        marker = "." if len(run.metrics) <= 15 else None
+        for kind, (name, colour, dash) in SERIES.items():
+            for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
+                epochs, values = _series(run, f"{kind}_{what}")
+                if epochs:
+                    axes.plot(epochs, values, color=colour, linestyle=dash, marker=marker,
+                              markersize=3, label=name)  # fmt: skip
+        rate.plot(*_series(run, "learning_rate"), color="black", marker=marker, markersize=3)
+        loss.set(title="loss (cross-entropy)")
+        accuracy.set(title="accuracy (%)")
+        rate.set(title="learning rate", ylim=(0, None))
+        panels = [loss, accuracy, rate]
+        if drop:
+            panels.append(_axes(figure, 5.36, 1.45, 1.42, 0.55))
+            panels[-1].plot(*_series(run, "drop_path_prob"), color="black", marker=marker, markersize=3)
+            panels[-1].set(title="drop-path probability", ylim=(0, None))
+            rate.tick_params(labelbottom=False)
+        _log_if_wide(loss)
+        for axes in panels:
+            _epoch_axis(axes, run.metrics[-1]["epoch"])
+            if run.end is not None:
+                line = axes.axvline(run.end + 0.5, color="black", linewidth=0.9,
+                                    linestyle=(0, (4, 2)), label="search ends")  # fmt: skip
+        if drop:
+            rate.set_xlabel("")
+        handles = accuracy.get_legend_handles_labels()
+        figure.legend(*handles, loc="upper left", ncols=len(handles[0]), borderpad=0,
+                      bbox_to_anchor=(0.06 / WIDTH, 1 - 0.25 / 2.35), borderaxespad=0)  # fmt: skip
+        kind, name = _held_out(run)
+        epochs, values = _series(run, f"{kind}_accuracy")
+        if values:
+            best = max(values)
+            figure.text(1 - 0.06 / WIDTH, 1 - 0.07 / 2.35, f"{name} accuracy {values[-1]:.2f} % in epoch "
+                        f"{epochs[-1]}, best {best:.2f} % in epoch {epochs[values.index(best)]}",
+                        va="top", ha="right")  # fmt: skip
+        return figure
+
+
+def _log_if_wide(axes):
+    """Make the y axis logarithmic where its values span more than a decade; label it well."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = [v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)]
+    if not values or min(values) <= 0 or max(values) < 10 * min(values):
+        return
+    axes.set_yscale("log")
+    decades = math.log10(max(values) / min(values))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def compare_figure(runs):
+    """Overlay the accuracies of runs; those that differ only by seed share colour and dash.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    colours = [colour for _, colour, *_ in OPERATIONS.values()] + ["#9C3D97", "#8A8A8A"]
+    dashes = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
+    names = _names(runs)
+    with _style():
+        height = 2.6 + 0.14 * len(runs)
+        figure = _figure(WIDTH, height)
+        panels = [_axes(figure, left, 0.25, 2.95, 1.9) for left in (0.42, 3.82)]
+        lines = []
+        for i, group in enumerate(_groups(runs)):
+            for run in group:
+                kind, what = _held_out(run)
+                look = dict(color=colours[i % len(colours)], linestyle=dashes[i % len(dashes)],
+                            linewidth=1.2 if len(group) == 1 else 0.8,
+                            marker="." if len(run.metrics) <= 15 else None, markersize=3)  # fmt: skip
+                panels[0].plot(*_series(run, "train_accuracy"), **look)
+                label = f"{names[run.path]}, {what}"
+                if len(group) > 1:
+                    label += f" (setting {i + 1}, seed {run.config.get('seed', '–')})"
+                lines += panels[1].plot(*_series(run, f"{kind}_accuracy"), **look, label=label)
+        kinds = list(dict.fromkeys(_held_out(run)[1] for run in runs))
+        for axes, title in zip(panels, ("training", " or ".join(kinds)), strict=True):
+            axes.set_title(f"{title} accuracy (%)")
+            _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
+        figure.legend(handles=lines, loc="lower left", bbox_to_anchor=(0.42 / WIDTH, 0.02), borderpad=0,
+                      borderaxespad=0, handlelength=2.5, labelspacing=0.4)  # fmt: skip
+        return figure
+
+
+def table(runs):
+    """The runs as text: one line each, and mean ± std where several differ only by seed.
+
+    Returns
+    -------
+    str
+    """
+    names = _names(runs)
+    lines = [("run", "seed", "genotype", "params M", "mult-adds M", "epochs", "measured on",
+              "last %", "best %", "hours")]  # fmt: skip
+    for group in _groups(runs):
+        results = []
+        for run in group:
+            kind, what = _held_out(run)
+            values = _series(run, f"{kind}_accuracy")[1]
+            hours = sum(_series(run, "seconds")[1]) / 3600
+            sizes = [run.metrics[-1].get(key) for key in ("parameters", "multiply_adds")]
+            sizes = [value / 1e6 if isinstance(value, int | float) else None for value in sizes]
+            done, total = _progress(run)
+            results.append([*sizes, *((values[-1], max(values)) if values else (None, None)), hours])
+            lines.append((
+                names[run.path], str(run.config.get("seed", "–")), genotype_name(run.genotype),
+                _number(sizes[0], 4), _number(sizes[1], 1), f"{done}" if done == total else
+                f"{done}/{total}", what, *(_number(v, 2) for v in results[-1][2:]),
+            ))  # fmt: skip
+        if len(group) > 1:
+            cells = [_mean_std(column, digits) for column, digits in
+                     zip(zip(*results, strict=True), (4, 1, 2, 2, 2), strict=True)]  # fmt: skip
+            lines.append((f"  mean ± std of {len(group)} seeds", "", "", *cells[:2], "", "", *cells[2:]))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    left = (0, 2, 6)  # columns of text; numbers are aligned to the right
+    return "\n".join("  ".join(f"{text:{'<' if i in left else '>'}{widths[i]}}" for i, text in enumerate(
+        line)).rstrip() for line in lines)  # fmt: skip
+
+
+def _number(value, digits):
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _mean_std(values, digits):
+    """Mean ± sample standard deviation."""
+    if None in values:
+        return "–"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def genotype_name(genotype):
+    """A published name, or the first 7 digits of a hash that is the same for equal cells."""
+    if genotype is None:
+        return "–"
+    lists = genotypes.as_lists(genotype)
+    for name, (published, _) in genotypes.NAMED.items():
+        if genotypes.as_lists(published) == lists:
+            return name
+    return hashlib.sha256(json.dumps(lists, sort_keys=True).encode()).hexdigest()[:7]
+
+
+def _progress(run):
+    """Epochs done, and epochs there will be (as far as is known)."""
+    done, total = run.metrics[-1]["epoch"], run.config.get("epochs")
+    if run.one_stage:
+        total = None if run.end is None or total is None else run.end + total
+        return (done, "?") if total is None else (done, max(done, total))
+    return done, max(done, total or 0)
+
+
+def _groups(runs):
+    """Runs of one setting and of as many epochs: they differ only by seed, folder or machine."""
+    groups = defaultdict(list)
+    for run in runs:
+        free = ("seed", "save", "data", "device", "workers", "report_freq", "arch", "resume")
+        setting = {key: value for key, value in run.config.items() if key not in free}
+        done, total = _progress(run)
+        setting["done"] = done == total or done
+        if not run.search:  # the genotype itself, wherever it was read from
+            setting["arch"] = run.genotype and genotypes.as_lists(run.genotype)
+        alone = run.path if not run.config else ""  # without config.json nothing is known of it
+        groups[json.dumps([setting, run.search, alone], sort_keys=True)].append(run)
+    return list(groups.values())
+
+
+def _names(runs):
+    """Short names of runs: their folders', or where two are the same, their paths."""
+    names = [run.name for run in runs]
+    return {r.path: r.name if names.count(r.name) == 1 else r.path for r in runs}
+
+
+# ------------------------------------------------------------------------------------------------
+# Files and command line
+# ------------------------------------------------------------------------------------------------
+
+
+def save(figure, path):
+    """Write a figure; the format is that of the ending. It appears whole, over an older one.
+
+    Raises
+    ------
+    ValueError
+        If the ending is unknown, or the file cannot be written.
+    """
+    _check_output(path)
+    kind = os.path.splitext(path)[1][1:].lower()
+    metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    partial = f"{path}.partial"
+    try:
+        with _style():
+            figure.savefig(partial, format=kind, metadata=metadata)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"{path} could not be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def _check_output(path):
+    """Raise ValueError unless a picture may be written to `path`."""
+    if os.path.splitext(path)[1].lower() not in FORMATS:
+        raise ValueError(f"{path}: a picture ends in {', '.join(FORMATS)}")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"{path}: there is no folder {os.path.dirname(path)}")
+
+
+def draw_run(run_dir, folder=None):
+    """Draw all pictures of a run, also of one that is not over.
+
+    Parameters
+    ----------
+    run_dir : str or Run
+    folder : str, optional
+        Where to put them, by default into the run's folder.
+
+    Returns
+    -------
+    list of str
+        Paths of the pictures: cells.png (where the genotype is known), search.png (of a search)
+        and curves.png.
+
+    Raises
+    ------
+    ValueError
+        With one line, as `read_run` and `save`; also where matplotlib is missing.
+    """
+    run = run_dir if isinstance(run_dir, Run) else read_run(os.fspath(run_dir))
+    figures = {}
+    if run.genotype:
+        title, first, last = run.name, *([*run.history, None, None][i] for i in (0, -3))
+        if len(run.history) > 1:
+            both = [genotypes.as_lists(choice.genotype) for choice in (first, last)]
+            same = both[0] == both[1]
+            title += f": as after epoch {first.epoch}" if same else ""
+            figures["cells.png"] = cells_figure(
+                run.genotype, title, None if same else first.genotype,
+                (f"after epoch {first.epoch}", f"after epoch {last.epoch}"),
+            )  # fmt: skip
+        else:
+            figures["cells.png"] = cells_figure(run.genotype, title)
+    if run.search:
+        figures["search.png"] = search_figure(run)
+    figures["curves.png"] = curves_figure(run)
+    paths = {name: os.path.join(folder or run.path, name) for name in figures}
+    for name, figure in figures.items():
+        save(figure, paths[name])
+    return list(paths.values())
+
+
+def get_args_parser():
+    parser = arguments.Parser(prog="visualize.py", description=__doc__)
+    parser.add_argument(
+        "what", nargs="+", metavar="WHAT",
+        help="a genotype (a genotype.json, a published name, random:SEED, a text 'Genotype(...)'), "
+        "a run folder, or several run folders",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", metavar="PATH",
+        help="a picture (.png, .svg or .pdf); of one run: the folder for its pictures. Default: "
+        "for genotype.json cells.png beside it, for a name NAME.png here, for a run its own "
+        "folder, for several compare.png here",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stacked", action="store_true",
+        help=f"draw the cells of a genotype one above the other, {COLUMN} in wide instead of {WIDTH}",
+    )  # fmt: skip
+    return parser
+
+
+def default_output(spec):
+    """Where the picture of a genotype goes unless -o says so."""
+    if os.path.isfile(spec):
+        stem, _ = os.path.splitext(spec)
+        if os.path.basename(spec) == "genotype.json":
+            stem = os.path.join(os.path.dirname(spec), "cells")
+        return f"{stem}.png"
+    return "cells.png" if "(" in spec else f"{re.sub(r'[^A-Za-z0-9_]+', '-', spec)}.png"
+
+
+def main(args):
+    spec, many = args.what[0], len(args.what) > 1
+    if many:
+        runs = [read_run(path) for path in dict.fromkeys(map(os.path.normpath, args.what))]
+        output = args.output or "compare.png"
+        _check_output(output)
+        print(table(runs))
+        save(compare_figure(runs), output)
+        paths = [output]
+    elif os.path.isdir(spec):
+        run = read_run(spec)
+        if args.output and not os.path.isdir(args.output):
+            raise ValueError(f"-o {args.output}: of a run, give a folder that exists")
+        paths = draw_run(run, args.output)
+    else:
+        try:
+            genotype, _ = genotypes.load(spec)
+        except ValueError as error:
+            raise ValueError(f"{error}; or a run folder") from None
+        output = args.output or default_output(spec)
+        _check_output(output)
+        title = None if "(" in spec else os.path.basename(spec)
+        save(cells_figure(genotype, title, stacked=args.stacked), output)
+        paths = [output]
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    args = get_args_parser().parse_args()
+    try:
+        main(args)
+    except ValueError as error:
+        arguments.fail("visualize.py", error)

@@ -1,0 +1,411 @@
+"""The sparse supernet: codes, weights, support, and what one-stage search does to it."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ista
+import model
+from genotypes import NODES, PRIMITIVES
+from model_search import Network, SparseCode
+from operations import BatchNorm2d
+
+SIZES = [7 * (j + 2) for j in range(NODES)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny(**kwargs):
+    return Network(4, 10, 3, **kwargs)
+
+
+def set_support(net, choose):
+    """Give each node the pairs choose(j), by codes that are largest there."""
+    for code in net.codes:
+        codes = []
+        for j, n in enumerate(SIZES):
+            z = torch.zeros(n, dtype=torch.float64)
+            size = torch.rand(len(choose(j)), dtype=torch.float64) + 0.5
+            z[list(choose(j))] = size * torch.tensor([1.0, -1.0])
+            codes.append(z)
+        code.accept(codes)
+
+
+def randomize(net):
+    """Points, BatchNorm statistics and, where there are any, γ and β that leave nothing at 0 or 1."""
+    with torch.no_grad():
+        for b in net.arch_parameters():
+            b.normal_()
+        for layer in net.modules():
+            if isinstance(layer, BatchNorm2d):
+                layer.running_mean.normal_(std=0.1)
+                layer.running_var.uniform_(0.5, 2)
+                if layer.affine:
+                    layer.weight.uniform_(0.5, 2)
+                    layer.bias.normal_()
+
+
+# ------------------------------------------------------------------------------------------------
+# SparseCode
+# ------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_dtypes():
+    code = SparseCode(proj_dims=5, sparseness=3)
+    assert [A.shape for A in code.A] == [(5, n) for n in SIZES]
+    assert [z.shape for z in code.z] == [(n,) for n in SIZES]
+    assert [b.shape for b in code.b] == [(5,)] * 4
+    assert {t.dtype for t in [*code.A, *code.z]} == {torch.float64}
+    assert all(A.min() >= 0 and A.max() < 1 for A in code.A)
+    assert all(0 < b.abs().max() < 1e-2 for b in code.b)
+    assert [len(node) for node in code.support] == [3] * 4
+
+
+def test_recover_solves_the_sparse_coding_problem_of_what_is_there():
+    code = SparseCode(lam=1e-3)
+    with torch.no_grad():
+        for A, b in zip(code.A, code.b, strict=True):
+            A.copy_(torch.rand_like(A))
+            b.copy_(torch.randn_like(b))
+    assert code.recover() == 0
+    for A, b, z, support in zip(code.A, code.b, code.z, code.support, strict=True):
+        point = b.detach().double().numpy()
+        gap = ista.duality_gap(A.numpy(), point, z.numpy(), 1e-3)
+        assert gap <= 1e-9 * 0.5 * point @ point
+        largest = sorted(range(len(z)), key=lambda k, z=z: (-abs(z[k].item()), k))[:2]
+        assert support == [divmod(k, 7) for k in sorted(largest)]
+
+
+def test_ties_go_to_the_smaller_index():
+    code = SparseCode()
+    code.accept([torch.zeros(n) for n in SIZES])
+    assert code.support == [[(0, 0), (0, 1)]] * 4
+    signs = [torch.tensor([0.0, 1, -1, 1]).repeat(9)[:n] for n in SIZES]
+    code.accept(signs)
+    assert code.support == [[(0, 1), (0, 2)]] * 4
+
+
+@pytest.mark.parametrize("sparseness", [1, 2, 5])
+def test_weights_are_the_formula_and_their_gradient_is_the_dictionary(sparseness):
+    code = SparseCode(sparseness=sparseness)
+    with torch.no_grad():
+        for b in code.b:
+            b.normal_()
+    code.recover()
+    weights = code.weights()
+    assert weights.shape == (14, 7)
+    assert (weights != 0).sum() == 4 * sparseness
+    first = 0
+    for j, (A, b, z) in enumerate(zip(code.A, code.b, code.z, strict=True)):
+        S = [edge * 7 + op for edge, op in code.support[j]]
+        dense = torch.zeros(SIZES[j], dtype=torch.float64)
+        A_S = A[:, S]
+        dense[S] = A_S.T @ b.detach().double() - (A_S.T @ A_S - torch.eye(len(S))) @ z[S]
+        node = weights[first : first + j + 2].flatten()
+        torch.testing.assert_close(node, dense, rtol=1e-12, atol=1e-12)
+        for k in S:
+            (grad,) = torch.autograd.grad(node[k], b, retain_graph=True)
+            torch.testing.assert_close(grad, A[:, k].float())
+        first += j + 2
+
+
+def test_codes_stay_when_b_moves_and_weights_follow_it():
+    code = SparseCode()
+    code.recover()
+    before, z = code.weights().detach(), [z.clone() for z in code.z]
+    step = torch.full((7,), 0.25)
+    with torch.no_grad():
+        for b in code.b:
+            b += step
+    moved = code.weights().detach() - before
+    assert all(torch.equal(a, b) for a, b in zip(code.z, z, strict=True))
+    edge, op = code.support[0][0]
+    torch.testing.assert_close(moved[edge, op], code.A[0][:, edge * 7 + op] @ step.double())
+
+
+def test_an_iterative_solver_that_does_not_converge_is_replaced_by_homotopy(monkeypatch):
+    exact, other = SparseCode(), SparseCode()
+    other.load_state_dict(exact.state_dict())
+    monkeypatch.setattr(ista, "MAX_ITER", 5)
+    assert exact.recover() == 0
+    assert other.recover("ista") == 4
+    assert other.support == exact.support
+    for a, b in zip(other.z, exact.z, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------
+# State
+# ------------------------------------------------------------------------------------------------
+
+
+def test_codes_travel_in_the_state_dict():
+    net, other = tiny(), tiny()
+    randomize(net)
+    net.recover()
+    assert other.genotype() != net.genotype()
+    other.load_state_dict(net.state_dict())
+    assert other.genotype() == net.genotype()
+    for a, b in zip(net.codes, other.codes, strict=True):
+        assert a.support == b.support
+        torch.testing.assert_close(a.weights(), b.weights())
+        for x, y in zip([*a.A, *a.z, *a.b], [*b.A, *b.z, *b.b], strict=True):
+            assert torch.equal(x, y)
+    assert copy.deepcopy(net).genotype() == net.genotype()
+
+
+def test_codes_move_with_the_network():
+    net = tiny().to("meta")
+    for code in net.codes:
+        assert {t.device.type for t in [*code.A, *code.b, *code.z, code.S]} == {"meta"}
+
+
+def test_parameters_are_told_apart():
+    net = tiny(one_stage=True, auxiliary=True)
+    arch = net.arch_parameters()
+    assert [id(p) for p in arch] == [id(p) for p in [*net.normal_code.b, *net.reduce_code.b]]
+    weights = net.weight_parameters()
+    assert len(weights) + len(arch) == len(list(net.parameters()))
+    assert not {id(p) for p in weights} & {id(p) for p in arch}
+    assert weights[0] is net.stem[0].weight and weights[-1] is net.classifier.bias
+
+
+def test_names_are_those_of_darts():
+    keys = set(tiny().state_dict())
+    for key in (
+        "stem.0.weight", "stem.1.running_mean", "cells.0.preprocess0.op.1.weight",
+        "cells.2.preprocess0.conv_2.weight", "cells.0._ops.3._ops.4.op.1.weight",
+        "cells.0._ops.0._ops.0.1.running_mean", "cells.0._ops.13._ops.1.1.running_var",
+        "cells.1._ops.0._ops.2.conv_1.weight", "cells.1._ops.0._ops.2.bn.running_mean",
+        "cells.2._ops.5._ops.3.op.7.running_var", "classifier.weight", "classifier.bias",
+    ):  # fmt: skip
+        assert key in keys
+    affine = [key for key in keys if re.match(r"cells.*(bn|op\.[23])\.bias", key)]
+    assert not affine, "BatchNorm in the cells of the two-stage supernet has no γ and β"
+    new = {key for key in keys if not key.startswith(("stem", "cells", "classifier"))}
+    assert all(key.startswith(("normal_code.", "reduce_code.")) for key in new)
+    # A checkpoint of the released code has everything else.
+    released = {key: value for key, value in tiny().state_dict().items() if key not in new}
+    missing, unexpected = tiny().load_state_dict(released, strict=False)
+    assert set(missing) == new and not unexpected
+
+
+# ------------------------------------------------------------------------------------------------
+# What runs
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one_stage", [False, True])
+def test_only_the_support_runs_and_only_it_gets_gradients(one_stage):
+    net = tiny(one_stage=one_stage, auxiliary=one_stage)
+    ran = set()
+    for name, module in net.named_modules():
+        if re.fullmatch(r"cells\.\d+\._ops\.\d+\._ops\.\d+", name):
+            module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    logits, _ = net(torch.randn(2, 3, 16, 16))
+    logits.sum().backward()
+    expected = set()
+    for i, cell in enumerate(net.cells):
+        first = 0
+        for j, node in enumerate(net.codes[cell.reduction].support):
+            expected |= {f"cells.{i}._ops.{first + edge}._ops.{op}" for edge, op in node}
+            first += j + 2
+    assert ran == expected and len(expected) == 8 * 3
+    for name, p in net.named_parameters():
+        candidate = re.match(r"cells\.\d+\._ops\.\d+\._ops\.\d+", name)
+        if candidate and candidate[0] not in expected:
+            assert p.grad is None, name
+        elif p.requires_grad and "auxiliary" not in name:
+            assert p.grad is not None, name
+
+
+def test_genotype_lists_the_support_by_node_and_operation():
+    net = tiny()
+    set_support(net, lambda j: (j * 7 + 3, 9))
+    pairs = [("sep_conv_3x3", 0), ("skip_connect", 1), ("skip_connect", 1), ("sep_conv_3x3", 1),
+             ("skip_connect", 1), ("sep_conv_3x3", 2), ("skip_connect", 1), ("sep_conv_3x3", 3)]  # fmt: skip
+    genotype = net.genotype()
+    assert genotype.normal == genotype.reduce == pairs
+    assert list(genotype.normal_concat) == [2, 3, 4, 5]
+
+
+def test_recovery_counts_what_changed():
+    net = tiny()
+    set_support(net, lambda j: (0, 1))
+    old = [code.support for code in net.codes]
+    recovery = net.recover()
+    new = [code.support for code in net.codes]
+    changed = sum(
+        pair not in old[t][j] for t in (0, 1) for j in range(4) for pair in new[t][j]
+    )
+    assert recovery.changed == changed > 0
+    again = net.recover()
+    assert again.changed == 0 and max(again.distance) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------
+# One-stage search
+# ------------------------------------------------------------------------------------------------
+
+
+def norms(net, code, j):
+    """The BatchNorm layers of all operations that lead into node j."""
+    return [
+        layer
+        for cell in net.cells
+        if net.codes[cell.reduction] is code
+        for layer in cell.edges(j).modules()
+        if isinstance(layer, BatchNorm2d)
+    ]
+
+
+def train_step(net, optimizer, arch_optimizer):
+    logits, aux = net(torch.randn(4, 3, 16, 16))
+    loss = F.cross_entropy(logits, torch.arange(4))
+    if aux is not None:
+        loss = loss + F.cross_entropy(aux, torch.arange(4))
+    optimizer.zero_grad()
+    arch_optimizer.zero_grad()
+    loss.backward()
+    arch_optimizer.step()
+    optimizer.step()
+
+
+def test_a_node_is_held_until_it_freezes_and_its_b_never_moves_after():
+    net = tiny(one_stage=True, auxiliary=True)
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.1, 0.9, weight_decay=0.1)
+    arch_optimizer = torch.optim.Adam(net.arch_parameters(), 0.1, weight_decay=0.1)
+    for _ in range(2):
+        train_step(net, optimizer, arch_optimizer)
+    for code in net.codes:
+        for j in range(4):
+            for layer in norms(net, code, j):
+                assert (layer.weight == 1).all() and (layer.bias == 0).all()
+    others = [net.stem[1], net.cells[0].preprocess0.op[2], net.auxiliary_head.features[3]]
+    assert all((layer.weight != 1).any() for layer in others)
+
+    frozen, moving = net.normal_code, net.reduce_code
+    net.freeze([False, True, False, False] + [False] * 4)
+    points = [b.detach().clone() for b in net.arch_parameters()]
+    z = [z.clone() for z in frozen.z]
+    for _ in range(3):
+        train_step(net, optimizer, arch_optimizer)
+    moved = [not torch.equal(a, b) for a, b in zip(points, net.arch_parameters(), strict=True)]
+    assert moved == [True, False, True, True] + [True] * 4
+    recovery = net.recover()
+    assert recovery.distance[1] == 0 and torch.equal(frozen.z[1], z[1])
+    assert recovery.distance[0] > 0 and recovery.frozen == [False, True] + [False] * 6
+    edge, op = frozen.support[1][0]
+    for j in range(4):
+        for layer in norms(net, frozen, j):
+            assert layer.weight.requires_grad == (j == 1)
+        assert all((layer.weight == 1).all() for layer in norms(net, moving, j))
+    trained = net.cells[0].edges(1)[edge]._ops[op].norm
+    assert (trained.weight != 1).any()
+
+
+def test_freezing_compares_whole_codes_with_the_tolerance():
+    net = tiny(one_stage=True)
+    net.recover()
+    distance = [0.0] * 8
+    with torch.no_grad():
+        for i, b in enumerate(net.arch_parameters()):
+            b += 0.1 * i * torch.rand(7)
+    trial = copy.deepcopy(net)
+    distance = trial.recover().distance
+    tolerance = sorted(distance)[3] * (1 + 1e-9)
+    recovery = net.recover(freeze_tol=tolerance)
+    assert recovery.frozen == [d <= tolerance for d in distance] == net.frozen
+    assert sum(recovery.frozen) == 4
+
+
+def test_a_candidate_that_is_too_large_is_rejected_and_freezes_nothing():
+    net = tiny(one_stage=True)
+    set_support(net, lambda j: (0, 1))
+    with torch.no_grad():
+        for b in net.arch_parameters():
+            b.normal_()
+    genotype, z = net.genotype(), [z.clone() for code in net.codes for z in code.z]
+    candidate = copy.deepcopy(net)
+    candidate.recover()
+    size = sum(
+        p.numel()
+        for p in model.NetworkCIFAR(4, 10, 3, False, candidate.genotype(), True).parameters()
+    )
+    recovery = net.recover(freeze_tol=1e9, max_params=size / 1e6)
+    assert recovery.rejected and recovery.parameters == size and recovery.changed == 0
+    assert not any(net.frozen) and net.genotype() == genotype
+    for a, b in zip(z, [z for code in net.codes for z in code.z], strict=True):
+        assert torch.equal(a, b)
+    recovery = net.recover(freeze_tol=1e9, max_params=(size + 1) / 1e6)
+    assert not recovery.rejected and all(net.frozen)
+    assert net.genotype() == candidate.genotype()
+
+
+OPERATIONS_OF_NODE = {  # pairs of each node such that every operation runs, from both inputs
+    0: lambda j: (j % 7, 7 + (j + 1) % 7),
+    1: lambda j: ((j + 2) % 7, 7 + (j + 3) % 7),
+    2: lambda j: ((j + 4) % 7, 7 + (j + 5) % 7),
+    3: lambda j: ((j + 6) % 7, (j + 5) % 7),  # both on one edge
+}
+
+
+@pytest.mark.parametrize("choice", OPERATIONS_OF_NODE)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_absorption_keeps_the_outputs(choice, pruned):
+    net = Network(4, 10, 5, one_stage=True, auxiliary=True)
+    randomize(net)
+    with torch.no_grad():
+        for b in net.arch_parameters():
+            b *= 0.1  # so that the codes, with a sign of each, give the weights theirs
+    set_support(net, OPERATIONS_OF_NODE[choice])
+    weights = torch.cat([code.active_weights().flatten() for code in net.codes])
+    assert (weights < 0).any() and (weights > 0).any()
+    if pruned:
+        net.prune()
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    plain = net.absorb()
+    assert type(plain) is model.NetworkCIFAR and plain.training
+    with torch.no_grad():
+        for a, b in zip(net.train()(x), plain.train()(x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+        net.load_state_dict(before)
+        plain = net.eval().absorb()
+        assert not plain.training
+        expected, got = net(x)[0], plain(x)[0]
+    assert (expected - got).abs().max() <= 1e-5 * expected.abs().max()
+    assert expected.std() > 0.01, "logits that hardly vary would show nothing"
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_absorption_needs_the_supernet_of_one_stage_search():
+    with pytest.raises(ValueError, match="one-stage"):
+        tiny().absorb()
+
+
+def test_a_pruned_network_computes_the_same_and_loads_into_a_whole_one():
+    net = tiny(one_stage=True).eval()
+    randomize(net)
+    net.recover(freeze_tol=1e9)
+    x = torch.randn(2, 3, 16, 16)
+    expected, total = net(x)[0], sum(p.numel() for p in net.parameters())
+    dropped = net.prune()
+    assert torch.equal(net(x)[0], expected)
+    assert sum(p.numel() for p in net.parameters()) == total - sum(p.numel() for p in dropped)
+    state = net.state_dict()
+    kept = {re.match(r"cells\.\d+\._ops\.\d+\._ops\.\d+", k) for k in state if "._ops." in k}
+    assert len({m[0] for m in kept}) <= 8 * 3
+    other = tiny(one_stage=True).eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(x)[0], expected) and all(other.frozen)
+    assert [k for k in other.state_dict()] == [k for k in state]
+    assert not any(b.requires_grad for b in other.arch_parameters())
+    assert all(p.requires_grad for p in other.weight_parameters())
