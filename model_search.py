@@ -239,7 +239,7 @@ class Cell(nn.Module):
                 total = total + self._ops[first + edge](states[edge], op, w, drop_prob)
             first += len(states)
             states.append(State(total))
-        return State(torch.cat([state.x for state in states[2:]], dim=1))
+        return State(None, states[2:])
 
 
 class Network(Skeleton):

@@ -14,25 +14,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from convolutions import concatenate, diagonal, pointwise, separable
+
 
 class State:
     """A tensor of the network, and its rectified form, computed at most once.
 
     Parameters
     ----------
-    x : tensor, (batch, C, H, W), or None if only the rectified form is ever asked for
-    relu : tensor, same shape, optional
-        relu(x), where it is known already.
+    x : tensor, (batch, C, H, W), or None if it is made up of parts
+    parts : list of State
+        States whose channels one after the other are this one's. They are put together only
+        where that is asked for; 1×1 convolutions do without.
     """
 
-    def __init__(self, x, relu=None):
-        self.x = x
-        self._relu = relu
+    def __init__(self, x, parts=()):
+        self._x = x
+        self._relu = None
+        self.parts = parts or [self]
+
+    @property
+    def x(self):
+        if self._x is None:
+            self._x = concatenate([part.x for part in self.parts])
+        return self._x
 
     @property
     def relu(self):
         if self._relu is None:
-            self._relu = F.relu(self.x)
+            if self._x is None:
+                self._relu = concatenate([part.relu for part in self.parts])
+            else:
+                self._relu = F.relu(self._x)
         return self._relu
 
 
@@ -85,12 +98,6 @@ class Stack(Operation):
     def norm(self):
         return self.op[-1]
 
-    def body(self, state):
-        x = state.relu  # op[0]
-        for layer in list(self.op)[1:-1]:
-            x = layer(x)
-        return x
-
 
 class ReLUConvBN(Stack):
     def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
@@ -98,6 +105,9 @@ class ReLUConvBN(Stack):
             nn.Conv2d(C_in, C_out, kernel_size, stride, padding, bias=False),
             BatchNorm2d(C_out, affine=affine),
         )
+
+    def body(self, state):
+        return pointwise([part.relu for part in state.parts], self.op[1].weight)
 
 
 class SepConv(Stack):
@@ -115,6 +125,11 @@ class SepConv(Stack):
             BatchNorm2d(C, affine=affine),
         )
 
+    def body(self, state):
+        _, depthwise_1, pointwise_1, norm_1, relu, depthwise_2, pointwise_2, _ = self.op
+        x = relu(norm_1(separable(state.relu, depthwise_1, pointwise_1)))
+        return separable(x, depthwise_2, pointwise_2)
+
 
 class DilConv(Stack):
     """Depthwise-separable convolution with dilation 2."""
@@ -127,6 +142,9 @@ class DilConv(Stack):
             nn.Conv2d(C, C, 1, bias=False),
             BatchNorm2d(C, affine=affine),
         )
+
+    def body(self, state):
+        return separable(state.relu, self.op[1], self.op[2])
 
 
 class FactorizedReduce(Operation):
@@ -143,8 +161,9 @@ class FactorizedReduce(Operation):
         return self.bn
 
     def body(self, state):
-        x = state.relu
-        return torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
+        even, odd = zip(*[diagonal(part.relu) for part in state.parts], strict=True)
+        halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
+        return torch.cat(halves, dim=1)
 
 
 class Plain(nn.Sequential, Operation):

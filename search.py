@@ -186,6 +186,7 @@ def main(args):
     # or in one-stage search when all nodes are frozen. Until then it is None.
     if checkpoint:
         epoch, schedule_start = checkpoint["epoch"], checkpoint["schedule_start"]
+        row = checkpoint["row"]
         weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
         arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
         utils.set_random_state(checkpoint["random"], generator)
@@ -240,7 +241,6 @@ def main(args):
             if args.one_stage and schedule_start is None:
                 recoveries.append(net.recover(args.solver, args.freeze_tol, args.max_params))
                 if all(net.frozen) or epoch == args.max_search_epochs:
-                    settle(run, net, weight_optimizer)
                     schedule_start = epoch
             elif not args.one_stage and args.recover_every == "epoch":
                 recoveries.append(net.recover(args.solver))
@@ -259,6 +259,8 @@ def main(args):
                 utils.duration(row["seconds"] * (last_epoch - epoch)),
             ]))  # fmt: skip
             report(run, args, recoveries)
+            if args.one_stage and schedule_start == epoch:
+                settle(run, net, weight_optimizer)
             run.log(f"genotype = {net.genotype()}")
             run.append("metrics.jsonl", row)
             run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
@@ -414,15 +416,18 @@ def report(run, args, recoveries):
     if failed:
         run.warn_once(f"solver {args.solver} does not converge on some codes (first on {failed}); "
                       "homotopy solves those")  # fmt: skip
-    if recoveries and args.one_stage:
+    if recoveries and recoveries[-1].parameters:  # one-stage search: how near the end is
         last = recoveries[-1]
-        nodes = ["frozen" if frozen else f"{distance:.2e}"
-                 for frozen, distance in zip(last.frozen, last.distance, strict=True)]  # fmt: skip
-        size = f"{last.parameters / 1e6:.2f} M parameters"
+        nodes = [
+            "frozen" if frozen and not distance else f"{distance:.1e}" + "→frozen" * frozen
+            for frozen, distance in zip(last.frozen, last.distance, strict=True)
+        ]
+        size = f"{last.parameters / 1e6:.3f} M parameters"
         if last.rejected:
-            size += f", rejected (--max_params {args.max_params:g})"
-        run.log(f"    searching {last.frozen.count(False)} of 8 nodes; code moved by: "
-                f"normal {' '.join(nodes[:4])}, reduce {' '.join(nodes[4:])}; {size}")  # fmt: skip
+            size += f", rejected: --max_params is {args.max_params:g}"
+        normal, reduction = " ".join(nodes[:4]), " ".join(nodes[4:])
+        run.log(f"    searching {last.frozen.count(False)} of 8 nodes; codes moved by {normal} "
+                f"(normal), {reduction} (reduction); {size}")  # fmt: skip
 
 
 def save_genotype(run, args, net, row):

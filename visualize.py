@@ -2,7 +2,7 @@
 
     python visualize.py runs/NAME/genotype.json -o cells.pdf  # its two cells, for a paper
     python visualize.py ISTA_twostage --stacked               # a published one, a column wide
-    python visualize.py runs/NAME                             # all pictures of a run, into its folder
+    python visualize.py runs/NAME                             # all pictures of a run
     python visualize.py runs/A runs/B runs/C                  # compare.png, and a table
 
 A search has cells.png (the final cells and those after the first epoch), search.png (what every
@@ -58,7 +58,8 @@ def _style():
         "legend.fontsize": 6.5, "legend.frameon": False, "axes.linewidth": 0.5,
         "xtick.major.width": 0.5, "ytick.major.width": 0.5, "xtick.major.size": 2,
         "ytick.major.size": 2, "ytick.minor.size": 0, "axes.grid": True, "grid.color": "#E4E4E4",
-        "grid.linewidth": 0.5, "axes.axisbelow": True, "lines.linewidth": 1,
+        "grid.linewidth": 0.5, "hatch.linewidth": 0.4, "axes.axisbelow": True,
+        "lines.linewidth": 1, "lines.markersize": 3,
         "savefig.dpi": 200, "pdf.fonttype": 42, "svg.hashsalt": "ista-nas",
     }  # fmt: skip
     defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
@@ -78,6 +79,29 @@ def _axes(figure, left, top, width, height, **kwargs):
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h), **kwargs)
 
 
+def _title(figure, left, right=""):
+    w, h = figure.get_size_inches()
+    figure.text(0.06 / w, 1 - 0.05 / h, left, va="top", size=8, weight="bold")
+    figure.text(1 - 0.06 / w, 1 - 0.06 / h, right, va="top", ha="right")
+
+
+def _figure_legend(figure, handles, **spacing):
+    """A legend in one line below the title."""
+    w, h = figure.get_size_inches()
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.06 / w, 1 - 0.25 / h),
+                  ncols=len(handles), borderpad=0, borderaxespad=0, **spacing)  # fmt: skip
+
+
+def _epoch_axis(axes, until):
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0.5, until + 0.5)
+    axes.xaxis.set_major_locator(
+        MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    axes.set_xlabel("epoch", labelpad=1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Layout of a cell
 # ------------------------------------------------------------------------------------------------
@@ -93,13 +117,8 @@ ROW, LANE, SPACE = 0.27, 0.07, 0.035  # heights: of a label, of a lane; free bet
 Layout = namedtuple("Layout", "width height boxes labels wires")
 
 
-def depth(pairs):
-    """Number of layers of intermediate nodes."""
-    layer = _layers(pairs)
-    return max(layer.values())
-
-
 def _layers(pairs):
+    """Layer of each input and intermediate node."""
     layer, each = {0: 0, 1: 0}, len(pairs) // NODES
     for j in range(NODES):
         layer[2 + j] = 1 + max(layer[source] for _, source in pairs[j * each : (j + 1) * each])
@@ -273,51 +292,46 @@ def cells_figure(genotype, title=None, before=None, titles=("", ""), stacked=Fal
     -------
     matplotlib.figure.Figure
     """
-    with _style():
-        shown = [(genotype, before)] if before is None else [(before, genotype), (genotype, before)]
-        rows = []  # of panels: (pairs, concat, pairs that are marked, heading)
-        for (which, other), label in zip(shown, titles if before else [""], strict=True):
-            row = []
-            for cell, name in CELLS.items():
-                pairs = getattr(which, cell)
-                marked = _only_here(pairs, getattr(other, cell)) if other else set()
-                heading = f"{name}{', ' if label else ''}{label}"
-                row.append((pairs, getattr(which, f"{cell}_concat"), marked, heading))
-            rows += [[panel] for panel in row] if stacked else [row]
-
-        margin, head = 0.06, 0.2
-        width = COLUMN if stacked else WIDTH
-        drawn = []  # each row's layouts, and its height
-        for row in rows:
-            depths = [depth(pairs) for pairs, *_ in row]
-            fixed = sum(2 * INPUT + d * (LABEL + STUB + NODE) for d in depths)
-            free = width - 2 * margin * len(row) - fixed - 0.1 * (len(row) - 1)
-            gap = min(0.45, free / sum(d + 1 for d in depths))
-            layouts = [arrange(pairs, concat, gap) for pairs, concat, *_ in row]
-            drawn.append((layouts, max(layout.height for layout in layouts)))
-        top = 0.22 if title else 0.02
-        foot = 0.17 if before else 0.0
-        height = top + sum(h + head + 0.13 for _, h in drawn) + foot
-        figure = _figure(width, height)
-        if title:
-            figure.text(margin / width, 1 - 0.05 / height, title, va="top", size=8, weight="bold")
-        for row, (layouts, row_height) in zip(rows, drawn, strict=True):
-            spare = width - sum(layout.width + 2 * margin for layout in layouts)
-            left = margin
-            for (pairs, _, marked, heading), layout in zip(row, layouts, strict=True):
-                axes = _axes(figure, left - margin, top, layout.width + 2 * margin,
-                             head + row_height + 0.1)  # fmt: skip
-                axes.set(xlim=(-margin, layout.width + margin),
-                         ylim=((row_height + layout.height) / 2 + 0.05,
-                               (layout.height - row_height) / 2 - head - 0.05))  # fmt: skip
-                axes.axis("off")
-                axes.text(0, (layout.height - row_height) / 2 - head, heading, va="top", size=7.5)
-                _draw_cell(axes, layout, pairs, marked)
-                left += layout.width + 2 * margin + spare / max(1, len(row) - 1)
-            top += row_height + head + 0.13
+    # Panels: (pairs, concatenated nodes, indices of the filled pairs, heading)
+    rows = [[] for _ in range(2 if before else 1)]
+    for cell, name in CELLS.items():
+        shown = [(genotype, genotype, "")]
         if before:
-            figure.text(margin / width, 0.04 / height, "filled: pairs that only one of the two has",
-                        va="bottom")  # fmt: skip
+            shown = [(before, genotype, f", {titles[0]}"), (genotype, before, f", {titles[1]}")]
+        for row, (this, other, heading) in zip(rows, shown, strict=True):
+            pairs, concat = getattr(this, cell), getattr(this, f"{cell}_concat")
+            row.append((pairs, concat, _only_here(pairs, getattr(other, cell)), name + heading))
+    if stacked:
+        rows = [[panel] for row in rows for panel in row]
+
+    width, margin, head = COLUMN if stacked else WIDTH, 0.06, 0.25
+    layouts = []
+    for row in rows:
+        depths = [max(_layers(pairs).values()) for pairs, *_ in row]
+        fixed = sum(2 * INPUT + d * (LABEL + STUB + NODE) for d in depths)
+        free = width - 2 * margin - 0.2 * (len(row) - 1) - fixed
+        gap = min(0.45, free / sum(d + 1 for d in depths))
+        layouts.append([arrange(pairs, concat, gap) for pairs, concat, *_ in row])
+    heights = [head + max(layout.height for layout in row) + 0.1 for row in layouts]
+    top, foot = 0.22 if title else 0.0, 0.17 if before else 0.0
+    with _style():
+        figure = _figure(width, top + sum(heights) + foot)
+        if title:
+            _title(figure, title)
+        for row, placed, height in zip(rows, layouts, heights, strict=True):
+            left = margin
+            for (pairs, _, marked, heading), layout in zip(row, placed, strict=True):
+                axes = _axes(figure, left - margin, top, layout.width + 2 * margin, height)
+                above = head + (height - head - 0.1 - layout.height) / 2
+                axes.set(xlim=(-margin, layout.width + margin), ylim=(height - above, -above))
+                axes.axis("off")
+                axes.text(0, 0.05 - above, heading, va="top", size=7.5)
+                _draw_cell(axes, layout, pairs, marked)
+                left = width - margin - placed[-1].width
+            top += height
+        if before:
+            text = "filled: pairs that the cell of the other epoch does not have"
+            figure.text(margin / width, 0.05 / figure.get_figheight(), text, va="bottom")
         return figure
 
 
@@ -418,38 +432,40 @@ def read_run(path):
     ValueError
         With one line: not a run folder, nothing to draw yet, or damaged.
     """
-    files = {name: os.path.join(path, name) for name in (
-        "metrics.jsonl", "genotypes.jsonl", "genotype.json", "config.json")}  # fmt: skip
     if not os.path.isdir(path):
         raise ValueError(f"{path}: there is no such folder")
-    if not any(os.path.exists(files[name]) for name in ("metrics.jsonl", "config.json")):
-        raise ValueError(f"{path} is not a run folder: it has neither metrics.jsonl nor config.json")
-    metrics = _rows(files["metrics.jsonl"])
+    metrics_file, genotypes_file, genotype_file, config_file = (
+        os.path.join(path, name)
+        for name in ("metrics.jsonl", "genotypes.jsonl", "genotype.json", "config.json")
+    )
+    if not os.path.exists(metrics_file) and not os.path.exists(config_file):
+        raise ValueError(f"{path} is not a run folder: it has no metrics.jsonl and no config.json")
+    metrics = _rows(metrics_file)
     if not metrics:
         raise ValueError(f"{path}: no epoch has ended yet (metrics.jsonl has no whole row)")
     config = {}
-    with contextlib.suppress(OSError, ValueError, TypeError), open(files["config.json"]) as file:
+    with contextlib.suppress(OSError, ValueError, TypeError), open(config_file) as file:
         config = dict(json.load(file))
-    history, rows = [], _rows(files["genotypes.jsonl"])
+    history, rows = [], _rows(genotypes_file)
     for row in rows:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            genotype = genotypes.from_lists(row)
-            weights = {cell: row.get(f"{cell}_weights") for cell in CELLS}
-            for cell, values in weights.items():
-                if not isinstance(values, list) or len(values) != len(getattr(genotype, cell)):
-                    weights[cell] = None
+            genotype, weights = genotypes.from_lists(row), {}
+            for cell in CELLS:
+                values = row.get(f"{cell}_weights")
+                fits = isinstance(values, list) and len(values) == len(getattr(genotype, cell))
+                weights[cell] = values if fits else None
             history.append(Choice(row["epoch"], genotype, weights))
     if rows and not history:
-        raise ValueError(f"{files['genotypes.jsonl']}: damaged, no row holds a genotype")
-    search = bool(history) or any("distance" in row for row in metrics)
+        raise ValueError(f"{genotypes_file}: damaged, no row holds a genotype")
     genotype = history[-1].genotype if history else None
-    if not history and os.path.exists(files["genotype.json"]):
-        genotype = genotypes.load(files["genotype.json"])[0]
-    one_stage = search and bool(config.get("one_stage", "test_loss" in metrics[-1]))
+    if not history and os.path.exists(genotype_file):
+        genotype = genotypes.load(genotype_file)[0]
     moving = [row for row in metrics if "distance" in row]
-    end = None
-    if one_stage and moving and (moving[-1] is not metrics[-1] or all(_list(moving[-1], "frozen"))):
-        end = moving[-1]["epoch"]
+    search, end = bool(history or moving), None
+    one_stage = search and bool(config.get("one_stage", "test_loss" in metrics[-1]))
+    if one_stage and moving:
+        if moving[-1] is not metrics[-1] or all(_nodes(moving[-1], "frozen")):
+            end = moving[-1]["epoch"]
     name = os.path.basename(os.path.abspath(path))
     return Run(path, name, config, metrics, history, genotype, search, one_stage, end)
 
@@ -465,30 +481,35 @@ def _rows(path):
     return [rows[epoch] for epoch in sorted(rows)]
 
 
-def _list(row, key):
-    """A row's list over the 8 nodes; empty if it has none."""
+def _nodes(row, key):
+    """A row's list over the 8 nodes; a false value for each if it has none."""
     values = row.get(key)
-    return values if isinstance(values, list) and len(values) == 2 * NODES else []
+    return values if isinstance(values, list) and len(values) == 2 * NODES else [0] * 2 * NODES
 
 
 def _series(run, key):
     """Epochs and values of a number that some rows have."""
-    found = [(row["epoch"], row[key]) for row in run.metrics if type(row.get(key)) in (int, float)]
-    return [epoch for epoch, _ in found], [value for _, value in found]
+    rows = [row for row in run.metrics if type(row.get(key)) in (int, float)]
+    return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
 def _held_out(run):
     """What the accuracy of a run is measured on: its key in the metrics, and its name."""
-    return next(((k, n) for k, n in (("valid", "validation"), ("test", "test"))
-                 if _series(run, f"{k}_accuracy")[0]), ("train", "training"))  # fmt: skip
+    names = {"valid": "validation", "test": "test"}
+    return next(
+        (item for item in names.items() if _series(run, f"{item[0]}_accuracy")[0]),
+        ("train", "training"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------
 # The search as a film strip
 # ------------------------------------------------------------------------------------------------
 
-BAR, BREAK = 0.125, 0.07  # inches: height of an input's lane, and free between two nodes
+BAR, SHARED, BREAK = 0.125, 0.11, 0.07  # inches: a lane, one of several bars in it, between nodes
 LEFT, RIGHT = 0.78, 0.72  # margins
+STRIP = WIDTH - LEFT - RIGHT
+END = dict(color="black", linewidth=0.9, linestyle=(0, (4, 2)), zorder=5)
 
 
 def search_figure(run):
@@ -504,80 +525,71 @@ def search_figure(run):
     matplotlib.figure.Figure
     """
     with _style():
-        each = len(run.genotype.normal) if run.history else 0
-        lanes = {cell: _lanes(run.history, cell) for cell in CELLS}
-        heights = {cell: sum(lanes[cell].values()) + 3 * BREAK for cell in CELLS if run.history}
-        heights["distance"] = 1.1
+        last = max([*(choice.epoch for choice in run.history), run.metrics[-1]["epoch"]])
+        until = last if run.end is None else min(last, run.end + max(1, math.ceil(run.end / 12)))
+        lanes = {cell: _lanes(run.history, cell) for cell in CELLS if run.history}
+        panels = [
+            (sum(lanes[cell].values()) + 3 * BREAK, _draw_choices, (cell, lanes[cell]))
+            for cell in lanes
+        ]
+        panels.append((1.1, _draw_distances, ()))
         for cell in CELLS:
             if any(choice.weights[cell] for choice in run.history):
-                heights[f"{cell} weights"] = max(0.85, 0.1 * each)
+                high = max(0.85, 0.1 * len(getattr(run.genotype, cell)))
+                panels.append((high, _draw_weights, (cell,)))
         top = 0.4 if run.history else 0.2
-        height = top + sum(h + 0.25 for h in heights.values()) + 0.27
-        figure = _figure(WIDTH, height)
-        last = max([*(c.epoch for c in run.history), run.metrics[-1]["epoch"]])
-        until = last if run.end is None else min(last, run.end + max(1, math.ceil(run.end / 12)))
-        figure.text(0.06 / WIDTH, 1 - 0.06 / height, run.name, va="top", size=8, weight="bold")
-        figure.text(1 - 0.06 / WIDTH, 1 - 0.07 / height, _summary(run, last), va="top", ha="right")
+        figure = _figure(WIDTH, top + sum(high + 0.25 for high, *_ in panels) + 0.27)
+        _title(figure, run.name, _summary(run, last))
         if run.history:
-            _legend(figure, height - 0.25, frozen=run.one_stage)
-
-        panels, first = {}, None
-        for name, size in heights.items():
-            top += 0.2
-            axes = panels[name] = _axes(figure, LEFT, top, WIDTH - LEFT - RIGHT, size, sharex=first)
-            first = first or axes
+            _legend(figure, run.one_stage)
+        first = None
+        for high, draw, what in panels:
+            axes = _axes(figure, LEFT, top + 0.2, STRIP, high, sharex=first)
             axes.tick_params(labelbottom=False)
-            top += size + 0.05
+            draw(axes, run, until, *what)
             if run.end is not None:
-                axes.axvline(run.end + 0.5, color="black", linewidth=0.9, linestyle=(0, (4, 2)), zorder=5)
-        _epoch_axis(axes, until)
+                axes.axvline(run.end + 0.5, **END)
+            first, top = first or axes, top + high + 0.25
         axes.tick_params(labelbottom=True)
-        for cell in CELLS:
-            if cell in panels:
-                _draw_choices(panels[cell], run, cell, lanes[cell], until)
-            if f"{cell} weights" in panels:
-                _draw_weights(panels[f"{cell} weights"], run, cell, until)
-        _draw_distances(panels["distance"], run, until)
+        _epoch_axis(axes, until)
         return figure
 
 
 def _summary(run, last):
     """In words: how long the search was, and when the architecture came to rest."""
-    changes = [b.epoch for a, b in zip(run.history, run.history[1:], strict=False)
-               if a.genotype != b.genotype]  # fmt: skip
+    changes = [
+        after.epoch for before, after in zip(run.history, run.history[1:], strict=False)
+        if before.genotype != after.genotype
+    ]  # fmt: skip
+    text = f"{last} epoch{'s' if last > 1 else ''} of search"
     if run.end is not None:
         text = f"search: epochs 1–{run.end}"
         text += f", then trained until epoch {last}" if last > run.end else ""
-    else:
-        text = f"{last} epoch{'s' if last > 1 else ''} of search"
     if run.history:
-        text += f"; last change of a pair in epoch {changes[-1]}" if changes else "; no pair changed"
+        text += f"; last change of a pair in epoch {changes[-1]}" if changes else "; no change"
     return text
 
 
-def _epoch_axis(axes, until):
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlim(0.5, until + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch", labelpad=1)
-
-
-def _legend(figure, bottom, frozen):
+def _legend(figure, one_stage):
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=colour, label=name) for name, colour, *_ in OPERATIONS.values()]
-    if frozen:
-        handles.append(Line2D([], [], color="black", marker="|", linestyle="", markersize=7,
-                              markeredgewidth=1.6, label="node freezes"))  # fmt: skip
-        handles.append(Line2D([], [], color="black", linestyle=(0, (4, 2)), linewidth=0.9,
-                              label="search ends"))  # fmt: skip
-    figure.legend(
-        handles=handles, loc="upper left", ncols=len(handles), handlelength=1.3, borderpad=0,
-        bbox_to_anchor=(0.06 / WIDTH, bottom / figure.get_figheight()), columnspacing=1.1,
-        handletextpad=0.5, borderaxespad=0,
-    )  # fmt: skip
+    handles = [
+        Patch(facecolor=colour, label=name, edgecolor="white", linewidth=0, hatch=_hatch(key))
+        for key, (name, colour, *_) in OPERATIONS.items()
+    ]
+    if one_stage:
+        handles += [
+            Line2D([], [], color="black", marker="|", linestyle="", markersize=7,
+                   markeredgewidth=1.6, label="node freezes"),
+            Line2D([], [], label="search ends", **END),
+        ]  # fmt: skip
+    _figure_legend(figure, handles, handlelength=1.3, columnspacing=1.1, handletextpad=0.5)
+
+
+def _hatch(operation):
+    """What tells bars of the same lightness apart in greyscale."""
+    return {"max": "....", "avg": "....", "dil": "/////"}.get(operation[:3])
 
 
 def _lanes(history, cell):
@@ -586,7 +598,7 @@ def _lanes(history, cell):
     for choice in history:
         for place, operations in _by_lane(getattr(choice.genotype, cell)).items():
             most[place] = max(most[place], len(operations))
-    return {place: BAR if n == 1 else 0.1 * n for place, n in most.items()}
+    return {place: BAR if n == 1 else SHARED * n for place, n in most.items()}
 
 
 def _by_lane(pairs):
@@ -597,7 +609,7 @@ def _by_lane(pairs):
     return lanes
 
 
-def _draw_choices(axes, run, cell, lanes, until):
+def _draw_choices(axes, run, until, cell, lanes):
     """A lane for each input of each node, with a bar in the epochs in which a pair takes it."""
     from matplotlib.patches import Rectangle
 
@@ -607,122 +619,138 @@ def _draw_choices(axes, run, cell, lanes, until):
             tops[node, source], high = y, lanes[node, source]
             axes.add_patch(Rectangle((0.5, y + 0.008), until, high - 0.016, color="#F0F0F0"))
             y += high
-        axes.text(-0.4 / (WIDTH - LEFT - RIGHT), (tops[node, 0] + y) / 2, f"node {NAMES[node]}",
-                  transform=axes.get_yaxis_transform(), ha="right", va="center_baseline")  # fmt: skip
+        axes.text(-0.4 / STRIP, (tops[node, 0] + y) / 2, f"node {NAMES[node]}", ha="right",
+                  transform=axes.get_yaxis_transform(), va="center_baseline")  # fmt: skip
         y += BREAK
     axes.set(ylim=(y - BREAK, 0), title=CELLS[cell])
-    axes.set_yticks([tops[p] + lanes[p] / 2 for p in tops], [NAMES[s] for _, s in tops])
+    inputs = ("k−2", "k−1", *NAMES[2:])
+    axes.set_yticks([tops[p] + lanes[p] / 2 for p in tops], [inputs[s] for _, s in tops])
     axes.tick_params(axis="y", length=0, pad=2, labelsize=6)
     axes.grid(False)
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["left", "right", "top"]].set_visible(False)
 
-    # Bars: a pair that stays is one bar. Pairs that share their input share its lane.
-    bars, open_bars = [], {}
-    shown = [choice for choice in run.history if choice.epoch <= until]
-    for i, choice in enumerate(shown):
-        stop = shown[i + 1].epoch - 0.5 if i + 1 < len(shown) else choice.epoch + 0.5
-        now = [(place, operation, i, len(operations))
-               for place, operations in _by_lane(getattr(choice.genotype, cell)).items()
-               for i, operation in enumerate(operations)]  # fmt: skip
-        for key in set(open_bars) - set(now):
-            bars.append((*key, *open_bars.pop(key)))
-        for key in now:
-            open_bars[key] = (open_bars.get(key, (choice.epoch - 0.5,))[0], stop)
-    bars += [(*key, *span) for key, span in open_bars.items()]
-    inch = until / (WIDTH - LEFT - RIGHT)
-    for place, operation, i, sharing, start, stop in sorted(bars):
+    inch = until / STRIP
+    freezes = {
+        2 + node % NODES: epoch + 0.5 for node, epoch in _freezes(run)
+        if (cell == "reduce") == (node >= NODES)
+    }  # fmt: skip
+    for place, operation, i, sharing, start, stop in _bars(run.history, cell, until):
         name, colour, *_ = OPERATIONS[operation]
         high = (lanes[place] - 0.016) / sharing
         top = tops[place] + 0.008 + i * high
-        axes.add_patch(Rectangle((start, top), stop - start, high, facecolor=colour, zorder=2,
-                                 edgecolor="white", linewidth=0.3))  # fmt: skip
-        if (stop - start) / inch > 0.055 * len(name) + 0.03:
-            axes.text((start + stop) / 2, top + high / 2 + 0.004, name, size=6, ha="center",
-                      va="center_baseline", color=_ink(colour), gid="bar")  # fmt: skip
-    for node, epoch, _ in _freezes(run):
-        if (cell == "reduce") == (node >= NODES):
-            ends = (2 + node % NODES, 0), (2 + node % NODES, 1 + node % NODES)
-            axes.plot([epoch + 0.5] * 2, [tops[ends[0]], tops[ends[1]] + lanes[ends[1]]],
-                      color="black", linewidth=1.6, solid_capstyle="butt", zorder=4)  # fmt: skip
+        bar = dict(facecolor=colour, edgecolor="white", linewidth=0.3, zorder=2)
+        axes.add_patch(Rectangle((start, top), stop - start, high, **bar))
+        # The label stands at the left, or behind the line of a freeze; the hatch behind the label.
+        wide, at = (0.053 * len(name) + 0.08) * inch, start
+        if at < freezes.get(place[0], 0) < at + wide:
+            at = freezes[place[0]]
+        if stop - at > wide:
+            axes.text(at + 0.035 * inch, top + high / 2 + 0.004, name, size=6, color=_ink(colour),
+                      va="center_baseline", gid="bar")  # fmt: skip
+            start = at + wide
+        if _hatch(operation):
+            bar["hatch"] = _hatch(operation)
+            axes.add_patch(Rectangle((start, top), stop - start, high, **bar))
+    for node, x in freezes.items():
+        axes.plot([x, x], [tops[node, 0], tops[node, node - 1] + lanes[node, node - 1]],
+                  color="black", linewidth=1.6, solid_capstyle="butt", zorder=4)  # fmt: skip
+
+
+def _bars(history, cell, until):
+    """(lane, operation, i, n, start, stop): a pair while it stays i-th of n in its lane."""
+    bars, running = [], {}
+    shown = [choice for choice in history if choice.epoch <= until]
+    for choice, following in zip(shown, [*shown[1:], None], strict=True):
+        stop = following.epoch - 0.5 if following else choice.epoch + 0.5
+        now = {
+            (place, operation, i, len(operations))
+            for place, operations in _by_lane(getattr(choice.genotype, cell)).items()
+            for i, operation in enumerate(operations)
+        }
+        bars += [(*key, *running.pop(key)) for key in set(running) - now]
+        for key in now:
+            running[key] = (running.get(key, (choice.epoch - 0.5,))[0], stop)
+    return sorted(bars + [(*key, *span) for key, span in running.items()])
 
 
 def _freezes(run):
-    """(node of 8, epoch, distance) of every freeze of a one-stage search."""
+    """(node of 8, epoch) of every freeze of a one-stage search."""
     found = {}
     for row in run.metrics if run.one_stage else []:
-        for node, flag in enumerate(_list(row, "frozen")):
-            if flag and node not in found:
-                found[node] = (node, row["epoch"], (_list(row, "distance") or [0] * 8)[node])
-    return list(found.values())
+        for node, frozen in enumerate(_nodes(row, "frozen")):
+            if frozen:
+                found.setdefault(node, row["epoch"])
+    return list(found.items())
 
 
 def _draw_distances(axes, run, until):
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    shades, kinds = ("#0B2A4A", "#1F78B4", "#E07B00", "#A9A9A9"), ("-", (0, (3, 1)))
-    marker = "." if until <= 15 else None
-    positive = []
-    for node in range(2 * NODES):
-        points = [(row["epoch"], _list(row, "distance")[node]) for row in run.metrics
-                  if _list(row, "distance") and row["epoch"] <= until]  # fmt: skip
-        points = [(e, d) for e, d in points if isinstance(d, int | float) and d > 0]
-        positive += [d for _, d in points]
-        axes.plot(*(zip(*points, strict=True) if points else ([], [])), color=shades[node % NODES],
-                  linestyle=kinds[node // NODES], marker=marker, markersize=3,
+    shades, dashes = ("#0B2A4A", "#1F78B4", "#E07B00", "#A9A9A9"), ("-", (0, (3, 1)))
+    distances = [{} for _ in range(2 * NODES)]  # by epoch
+    for row in run.metrics:
+        for node, value in enumerate(_nodes(row, "distance")):
+            if type(value) in (int, float) and value > 0:  # it is 0 once the node is frozen
+                distances[node][row["epoch"]] = value
+    for node, values in enumerate(distances):
+        axes.plot(list(values), list(values.values()), color=shades[node % NODES],
+                  linestyle=dashes[node // NODES], marker="." if until <= 15 else None,
                   label=f"{'normal' if node < NODES else 'reduction'} {node % NODES}")  # fmt: skip
     label = "freezes"
-    for node, epoch, distance in _freezes(run):
-        if distance > 0:
-            axes.plot(epoch, distance, "o", color=shades[node % NODES], markersize=3.5, zorder=4,
-                      markeredgecolor="black", markeredgewidth=0.7, label=label)  # fmt: skip
-            label = None
+    for node, epoch in _freezes(run):
+        axes.plot(epoch, distances[node].get(epoch, math.nan), "o", color=shades[node % NODES],
+                  markersize=3.5, markeredgecolor="black", markeredgewidth=0.7, zorder=4,
+                  label=label)  # fmt: skip
+        label = None
+    shown = [value for values in distances for value in values.values()] or [0.1, 1.0]
     tolerance = run.config.get("freeze_tol")
-    if run.one_stage and isinstance(tolerance, int | float) and tolerance > 0:
+    if run.one_stage and type(tolerance) in (int, float) and tolerance > 0:
         axes.axhline(tolerance, color="black", linewidth=0.7, linestyle=":", label="tolerance")
-        positive.append(tolerance)
+        shown.append(tolerance)
     rejected = [row["epoch"] for row in run.metrics if row.get("rejected") is True]
     if rejected:
         axes.plot(rejected, [0.05] * len(rejected), "kx", markersize=3, markeredgewidth=0.8,
                   transform=axes.get_xaxis_transform(), label="rejected")  # fmt: skip
-    low, high = (min(positive), max(positive)) if positive else (0.1, 1.0)
     axes.set(yscale="log", title="distance of each code from the last one, $\\|z_t - z_{t-1}\\|_2$")
-    axes.set_ylim(10 ** math.floor(math.log10(low) - 0.05), 10 ** math.ceil(math.log10(high) + 0.05))
+    decades = [math.log10(limit(shown)) for limit in (min, max)]
+    axes.set_ylim(10 ** math.floor(decades[0] - 0.05), 10 ** math.ceil(decades[1] + 0.05))
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.04), handlelength=1.5, labelspacing=0.15,
                 fontsize=6, handletextpad=0.4, borderpad=0, borderaxespad=0.3)  # fmt: skip
 
 
-def _draw_weights(axes, run, cell, until):
+def _draw_weights(axes, run, until, cell):
     """A line for each pair as long as it stays, with the number of its node at the end."""
     axes.set_title(f"weights of the active pairs, {CELLS[cell]}")
     axes.axhline(0, color="#888888", linewidth=0.5)
-    lines = defaultdict(list)
-    serial = {}
+    lines, began = defaultdict(list), {}
     for choice in run.history:
         values, pairs = choice.weights[cell], getattr(choice.genotype, cell)
-        if choice.epoch > until or not values:
-            continue
-        keys = [(k // (len(pairs) // NODES), *pair) for k, pair in enumerate(pairs)]
-        serial = {key: serial.get(key, choice.epoch) for key in keys}
-        for key, value in zip(keys, values, strict=True):
-            lines[(*key, serial[key])].append((choice.epoch, value))
-    for (_, operation, _, _), points in lines.items():
+        if values and choice.epoch <= until:
+            keys = [(k // (len(pairs) // NODES), *pair) for k, pair in enumerate(pairs)]
+            began = {key: began.get(key, choice.epoch) for key in keys}
+            for key, value in zip(keys, values, strict=True):
+                lines[(*key, began[key])].append((choice.epoch, value))
+    for (_, operation, *_), points in lines.items():
         _, colour, dash, thick = OPERATIONS[operation]
         axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=0.6 * thick,
-                  marker="." if until <= 15 or len(points) == 1 else None, markersize=3)  # fmt: skip
-    final = sorted((points[-1][1], node) for (node, *_), points in lines.items()
-                   if points[-1][0] == max(p[-1][0] for p in lines.values()))  # fmt: skip
+                  marker="." if until <= 15 or len(points) == 1 else None)  # fmt: skip
     axes.margins(y=0.08)
+    last = max(points[-1][0] for points in lines.values())
+    final = sorted((p[-1][1], node) for (node, *_), p in lines.items() if p[-1][0] == last)
     low, high = axes.get_ylim()
-    inch = (high - low) / (axes.get_position().height * axes.figure.get_figheight())
-    at = _spread([value for value, _ in final], [1] * len(final), [0] + [0.092 * inch] * (len(final) - 1))
-    for y, (value, node) in zip(at, final, strict=True):
-        axes.annotate(f"node {node}", (1, value), (1.03, y), xycoords=axes.get_yaxis_transform(),
-                      textcoords=axes.get_yaxis_transform(), va="center_baseline", size=6,
-                      arrowprops=dict(arrowstyle="-", linewidth=0.4, color="#888888", shrinkA=0,
-                                      shrinkB=0, relpos=(0, 0.5)))  # fmt: skip
+    apart = 0.092 * (high - low) / (axes.get_position().height * axes.figure.get_figheight())
+    heights = _spread(
+        [value for value, _ in final], [1] * len(final), [0, *[apart] * (len(final) - 1)]
+    )
+    for y, (value, node) in zip(heights, final, strict=True):
+        axes.annotate(
+            f"node {node}", (1, value), (1.03, y), xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(), va="center_baseline", size=6,
+            arrowprops=dict(arrowstyle="-", linewidth=0.4, color="#888888", shrinkA=0, shrinkB=0,
+                            relpos=(0, 0.5)),
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -730,10 +758,10 @@ def _draw_weights(axes, run, cell, until):
 # ------------------------------------------------------------------------------------------------
 
 SERIES = {
-    "train": ("training", "#0B5FA5", "-"),
-    "arch": ("half for b, augmented", "#EBAA1E", (0, (1, 1))),
-    "valid": ("validation", "#D55E00", (0, (4, 1.5))),
-    "test": ("test", "#D55E00", (0, (4, 1.5))),
+    "test": ("test", "#E07B00"),
+    "valid": ("validation (the half for b, not augmented)", "#E07B00"),
+    "arch": ("the half for b, as it was trained on", "#7CC4F0"),
+    "train": ("training", "#0B2A4A"),
 }
 
 
@@ -745,46 +773,39 @@ def curves_figure(run):
     matplotlib.figure.Figure
     """
     with _style():
-        figure = _figure(WIDTH, 2.35)
-        figure.text(0.06 / WIDTH, 1 - 0.06 / 2.35, run.name, va="top", size=8, weight="bold")
-        loss, accuracy = (_axes(figure, left, 0.65, 2.05, 1.35) for left in (0.42, 2.86))
+        figure = _figure(WIDTH, 2.2)
+        loss, accuracy = (_axes(figure, left, 0.52, 2.05, 1.35) for left in (0.42, 2.86))
         drop = any(_series(run, "drop_path_prob")[1])
-        rate = _axes(figure, 5.36, 0.65, 1.42, 0.55 if drop else 1.35)
-        marker = "." if len(run.metrics) <= 15 else None
-        for kind, (name, colour, dash) in SERIES.items():
+        rate = _axes(figure, 5.36, 0.52, 1.42, 0.55 if drop else 1.35)
+        look = dict(marker="." if len(run.metrics) <= 15 else None)
+        for kind, (name, colour) in SERIES.items():
             for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
                 epochs, values = _series(run, f"{kind}_{what}")
                 if epochs:
-                    axes.plot(epochs, values, color=colour, linestyle=dash, marker=marker,
-                              markersize=3, label=name)  # fmt: skip
-        rate.plot(*_series(run, "learning_rate"), color="black", marker=marker, markersize=3)
-        loss.set(title="loss (cross-entropy)")
-        accuracy.set(title="accuracy (%)")
+                    axes.plot(epochs, values, color=colour, label=name, **look)
+        rate.plot(*_series(run, "learning_rate"), color="black", **look)
+        loss.set_title("loss (cross-entropy)")
+        accuracy.set_title("accuracy (%)")
         rate.set(title="learning rate", ylim=(0, None))
+        _log_if_wide(loss)
         panels = [loss, accuracy, rate]
         if drop:
-            panels.append(_axes(figure, 5.36, 1.45, 1.42, 0.55))
-            panels[-1].plot(*_series(run, "drop_path_prob"), color="black", marker=marker, markersize=3)
+            panels.append(_axes(figure, 5.36, 1.32, 1.42, 0.55))
+            panels[-1].plot(*_series(run, "drop_path_prob"), color="black", **look)
             panels[-1].set(title="drop-path probability", ylim=(0, None))
-            rate.tick_params(labelbottom=False)
-        _log_if_wide(loss)
         for axes in panels:
             _epoch_axis(axes, run.metrics[-1]["epoch"])
             if run.end is not None:
-                line = axes.axvline(run.end + 0.5, color="black", linewidth=0.9,
-                                    linestyle=(0, (4, 2)), label="search ends")  # fmt: skip
+                axes.axvline(run.end + 0.5, label="search ends", **END)
         if drop:
+            rate.tick_params(labelbottom=False)
             rate.set_xlabel("")
-        handles = accuracy.get_legend_handles_labels()
-        figure.legend(*handles, loc="upper left", ncols=len(handles[0]), borderpad=0,
-                      bbox_to_anchor=(0.06 / WIDTH, 1 - 0.25 / 2.35), borderaxespad=0)  # fmt: skip
+        _figure_legend(figure, accuracy.get_legend_handles_labels()[0])
         kind, name = _held_out(run)
         epochs, values = _series(run, f"{kind}_accuracy")
-        if values:
-            best = max(values)
-            figure.text(1 - 0.06 / WIDTH, 1 - 0.07 / 2.35, f"{name} accuracy {values[-1]:.2f} % in epoch "
-                        f"{epochs[-1]}, best {best:.2f} % in epoch {epochs[values.index(best)]}",
-                        va="top", ha="right")  # fmt: skip
+        best = max(values, default=math.nan)
+        _title(figure, run.name, f"{name} accuracy {values[-1]:.2f} % in epoch {epochs[-1]}, best "
+               f"{best:.2f} % in epoch {epochs[values.index(best)]}" if values else "")  # fmt: skip
         return figure
 
 
@@ -792,48 +813,53 @@ def _log_if_wide(axes):
     """Make the y axis logarithmic where its values span more than a decade; label it well."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    values = [v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)]
-    if not values or min(values) <= 0 or max(values) < 10 * min(values):
-        return
-    axes.set_yscale("log")
-    decades = math.log10(max(values) / min(values))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    values = [v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)] or [0]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        subs = (1, 2, 5) if max(values) < 300 * min(values) else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def compare_figure(runs):
-    """Overlay the accuracies of runs; those that differ only by seed share colour and dash.
+    """Overlay the accuracies of runs; those that differ only by seed share a colour.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
-    colours = [colour for _, colour, *_ in OPERATIONS.values()] + ["#9C3D97", "#8A8A8A"]
-    dashes = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
-    names = _names(runs)
+    colours = ("#0B5FA5", "#E07B00", "#1A1A1A", "#68C296", "#9C3D97", "#6DBBEB", "#D55E00",
+               "#8A8A8A")  # fmt: skip
+    groups, names, handles, low = _groups(runs), _names(runs), [], []
     with _style():
-        height = 2.6 + 0.14 * len(runs)
+        height = 2.55 + 0.14 * len(groups)
         figure = _figure(WIDTH, height)
         panels = [_axes(figure, left, 0.25, 2.95, 1.9) for left in (0.42, 3.82)]
-        lines = []
-        for i, group in enumerate(_groups(runs)):
+        for i, group in enumerate(groups):
+            label = f"{', '.join(names[run.path] for run in group)} ({_held_out(group[0])[1]})"
+            look = dict(
+                color=colours[i % len(colours)], linewidth=1.1 if len(group) == 1 else 0.7,
+                linestyle=("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(colours) % 3],
+                label=label if len(label) <= 110 else label[:107] + "...",
+            )  # fmt: skip
             for run in group:
-                kind, what = _held_out(run)
-                look = dict(color=colours[i % len(colours)], linestyle=dashes[i % len(dashes)],
-                            linewidth=1.2 if len(group) == 1 else 0.8,
-                            marker="." if len(run.metrics) <= 15 else None, markersize=3)  # fmt: skip
-                panels[0].plot(*_series(run, "train_accuracy"), **look)
-                label = f"{names[run.path]}, {what}"
-                if len(group) > 1:
-                    label += f" (setting {i + 1}, seed {run.config.get('seed', '–')})"
-                lines += panels[1].plot(*_series(run, f"{kind}_accuracy"), **look, label=label)
-        kinds = list(dict.fromkeys(_held_out(run)[1] for run in runs))
-        for axes, title in zip(panels, ("training", " or ".join(kinds)), strict=True):
-            axes.set_title(f"{title} accuracy (%)")
+                epochs, values = _series(run, f"{_held_out(run)[0]}_accuracy")
+                low += values[len(values) * 2 // 3 :][:1]
+                look["marker"] = "." if len(epochs) <= 15 else None
+                for axes in panels:
+                    line = axes.plot(epochs, values, **look)
+            handles += line
+        kinds = " or ".join(dict.fromkeys(_held_out(run)[1] for run in runs))
+        panels[0].set_title(f"{kinds} accuracy (%)")
+        panels[1].set_title("the same, enlarged")
+        panels[1].set_ylim(min(low, default=None), None)
+        for axes in panels:
             _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
-        figure.legend(handles=lines, loc="lower left", bbox_to_anchor=(0.42 / WIDTH, 0.02), borderpad=0,
-                      borderaxespad=0, handlelength=2.5, labelspacing=0.4)  # fmt: skip
+        figure.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0.06 / WIDTH, 0.06 / height),
+            borderpad=0, borderaxespad=0, handlelength=2.5, labelspacing=0.4,
+        )  # fmt: skip
         return figure
 
 
@@ -845,42 +871,40 @@ def table(runs):
     str
     """
     names = _names(runs)
-    lines = [("run", "seed", "genotype", "params M", "mult-adds M", "epochs", "measured on",
-              "last %", "best %", "hours")]  # fmt: skip
+    lines = [("run", "seed", "genotype", "epochs", "measured on",
+              "params M", "mult-adds M", "last %", "best %", "hours")]  # fmt: skip
+    digits = (4, 1, 2, 2, 2)
     for group in _groups(runs):
         results = []
         for run in group:
             kind, what = _held_out(run)
-            values = _series(run, f"{kind}_accuracy")[1]
-            hours = sum(_series(run, "seconds")[1]) / 3600
+            values = _series(run, f"{kind}_accuracy")[1] or [None]
             sizes = [run.metrics[-1].get(key) for key in ("parameters", "multiply_adds")]
-            sizes = [value / 1e6 if isinstance(value, int | float) else None for value in sizes]
+            results.append((
+                *(size / 1e6 if type(size) in (int, float) else None for size in sizes),
+                values[-1], max(values), sum(_series(run, "seconds")[1]) / 3600,
+            ))  # fmt: skip
             done, total = _progress(run)
-            results.append([*sizes, *((values[-1], max(values)) if values else (None, None)), hours])
+            numbers = ["–" if value is None else f"{value:.{n}f}"
+                       for value, n in zip(results[-1], digits, strict=True)]  # fmt: skip
             lines.append((
                 names[run.path], str(run.config.get("seed", "–")), genotype_name(run.genotype),
-                _number(sizes[0], 4), _number(sizes[1], 1), f"{done}" if done == total else
-                f"{done}/{total}", what, *(_number(v, 2) for v in results[-1][2:]),
+                str(done) if done == total else f"{done}/{total}", what, *numbers,
             ))  # fmt: skip
         if len(group) > 1:
-            cells = [_mean_std(column, digits) for column, digits in
-                     zip(zip(*results, strict=True), (4, 1, 2, 2, 2), strict=True)]  # fmt: skip
-            lines.append((f"  mean ± std of {len(group)} seeds", "", "", *cells[:2], "", "", *cells[2:]))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    left = (0, 2, 6)  # columns of text; numbers are aligned to the right
-    return "\n".join("  ".join(f"{text:{'<' if i in left else '>'}{widths[i]}}" for i, text in enumerate(
-        line)).rstrip() for line in lines)  # fmt: skip
-
-
-def _number(value, digits):
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _mean_std(values, digits):
-    """Mean ± sample standard deviation."""
-    if None in values:
-        return "–"
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+            means = [
+                "–" if None in column
+                else f"{statistics.fmean(column):.{n}f} ± {statistics.stdev(column):.{n}f}"
+                for column, n in zip(zip(*results, strict=True), digits, strict=True)
+            ]  # fmt: skip
+            lines.append((f"  mean ± std of {len(group)} seeds", "", "", "", "", *means))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = "<><><>>>>>"  # texts to the left, numbers to the right
+    return "\n".join(
+        "  ".join(f"{text:{side}{width}}" for text, side, width in zip(
+            line, sides, widths, strict=True)).rstrip()
+        for line in lines
+    )  # fmt: skip
 
 
 def genotype_name(genotype):
@@ -895,26 +919,25 @@ def genotype_name(genotype):
 
 
 def _progress(run):
-    """Epochs done, and epochs there will be (as far as is known)."""
-    done, total = run.metrics[-1]["epoch"], run.config.get("epochs")
+    """Epochs done, and epochs there will be, "?" while a one-stage search goes on."""
+    done, total = run.metrics[-1]["epoch"], run.config.get("epochs", 0)
     if run.one_stage:
-        total = None if run.end is None or total is None else run.end + total
-        return (done, "?") if total is None else (done, max(done, total))
-    return done, max(done, total or 0)
+        return done, "?" if run.end is None else max(done, run.end + total)
+    return done, max(done, total)
 
 
 def _groups(runs):
     """Runs of one setting and of as many epochs: they differ only by seed, folder or machine."""
+    free = {"seed", "save", "data", "device", "workers", "report_freq", "arch", "resume"}
     groups = defaultdict(list)
     for run in runs:
-        free = ("seed", "save", "data", "device", "workers", "report_freq", "arch", "resume")
         setting = {key: value for key, value in run.config.items() if key not in free}
         done, total = _progress(run)
-        setting["done"] = done == total or done
-        if not run.search:  # the genotype itself, wherever it was read from
-            setting["arch"] = run.genotype and genotypes.as_lists(run.genotype)
-        alone = run.path if not run.config else ""  # without config.json nothing is known of it
-        groups[json.dumps([setting, run.search, alone], sort_keys=True)].append(run)
+        # Without a config.json nothing is known of it. A training's --arch is a path: what counts
+        # is the genotype itself.
+        key = [setting or run.path, run.search, done == total or done]
+        key.append(None if run.search else genotype_name(run.genotype))
+        groups[json.dumps(key, sort_keys=True)].append(run)
     return list(groups.values())
 
 
@@ -939,11 +962,11 @@ def save(figure, path):
     """
     _check_output(path)
     kind = os.path.splitext(path)[1][1:].lower()
-    metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     partial = f"{path}.partial"
     try:
         with _style():
-            figure.savefig(partial, format=kind, metadata=metadata)
+            figure.savefig(partial, format=kind, metadata=undated)
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(f"{path} could not be written: {error.strerror or error}") from None
@@ -967,7 +990,7 @@ def draw_run(run_dir, folder=None):
 
     Parameters
     ----------
-    run_dir : str or Run
+    run_dir : str
     folder : str, optional
         Where to put them, by default into the run's folder.
 
@@ -982,27 +1005,23 @@ def draw_run(run_dir, folder=None):
     ValueError
         With one line, as `read_run` and `save`; also where matplotlib is missing.
     """
-    run = run_dir if isinstance(run_dir, Run) else read_run(os.fspath(run_dir))
-    figures = {}
-    if run.genotype:
-        title, first, last = run.name, *([*run.history, None, None][i] for i in (0, -3))
-        if len(run.history) > 1:
-            both = [genotypes.as_lists(choice.genotype) for choice in (first, last)]
-            same = both[0] == both[1]
-            title += f": as after epoch {first.epoch}" if same else ""
-            figures["cells.png"] = cells_figure(
-                run.genotype, title, None if same else first.genotype,
-                (f"after epoch {first.epoch}", f"after epoch {last.epoch}"),
-            )  # fmt: skip
-        else:
-            figures["cells.png"] = cells_figure(run.genotype, title)
+    run = read_run(os.fspath(run_dir))
+    figures, first, last = {}, *(run.history[i] if run.history else None for i in (0, -1))
+    if run.genotype and first is not last and first.genotype != last.genotype:
+        headings = [f"after epoch {choice.epoch}" for choice in (first, last)]
+        figures["cells.png"] = cells_figure(run.genotype, run.name, first.genotype, headings)
+    elif run.genotype:
+        title = run.name
+        if first is not last:
+            title += f": the same after epochs {first.epoch} and {last.epoch}"
+        figures["cells.png"] = cells_figure(run.genotype, title)
     if run.search:
         figures["search.png"] = search_figure(run)
     figures["curves.png"] = curves_figure(run)
-    paths = {name: os.path.join(folder or run.path, name) for name in figures}
-    for name, figure in figures.items():
-        save(figure, paths[name])
-    return list(paths.values())
+    paths = [os.path.join(folder or run.path, name) for name in figures]
+    for figure, path in zip(figures.values(), paths, strict=True):
+        save(figure, path)
+    return paths
 
 
 def get_args_parser():
@@ -1014,13 +1033,13 @@ def get_args_parser():
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="PATH",
-        help="a picture (.png, .svg or .pdf); of one run: the folder for its pictures. Default: "
-        "for genotype.json cells.png beside it, for a name NAME.png here, for a run its own "
-        "folder, for several compare.png here",
+        help="the picture (.png, .svg or .pdf), or for one run the folder of its pictures. "
+        "Default: for genotype.json cells.png beside it, for a name NAME.png here, for a run its "
+        "own folder, for several compare.png here",
     )  # fmt: skip
     parser.add_argument(
         "--stacked", action="store_true",
-        help=f"draw the cells of a genotype one above the other, {COLUMN} in wide instead of {WIDTH}",
+        help=f"draw the cells of a genotype one above the other, {COLUMN} inches wide, not {WIDTH}",
     )  # fmt: skip
     return parser
 
@@ -1028,37 +1047,32 @@ def get_args_parser():
 def default_output(spec):
     """Where the picture of a genotype goes unless -o says so."""
     if os.path.isfile(spec):
-        stem, _ = os.path.splitext(spec)
-        if os.path.basename(spec) == "genotype.json":
-            stem = os.path.join(os.path.dirname(spec), "cells")
-        return f"{stem}.png"
+        folder, name = os.path.split(os.path.splitext(spec)[0])
+        return os.path.join(folder, f"{'cells' if name == 'genotype' else name}.png")
     return "cells.png" if "(" in spec else f"{re.sub(r'[^A-Za-z0-9_]+', '-', spec)}.png"
 
 
 def main(args):
-    spec, many = args.what[0], len(args.what) > 1
-    if many:
+    spec = args.what[0]
+    if len(args.what) > 1:
         runs = [read_run(path) for path in dict.fromkeys(map(os.path.normpath, args.what))]
-        output = args.output or "compare.png"
-        _check_output(output)
+        paths = [args.output or "compare.png"]
+        _check_output(paths[0])
+        save(compare_figure(runs), paths[0])
         print(table(runs))
-        save(compare_figure(runs), output)
-        paths = [output]
     elif os.path.isdir(spec):
-        run = read_run(spec)
         if args.output and not os.path.isdir(args.output):
-            raise ValueError(f"-o {args.output}: of a run, give a folder that exists")
-        paths = draw_run(run, args.output)
+            raise ValueError(f"-o {args.output}: for a run, give a folder that exists")
+        paths = draw_run(spec, args.output)
     else:
         try:
             genotype, _ = genotypes.load(spec)
         except ValueError as error:
             raise ValueError(f"{error}; or a run folder") from None
-        output = args.output or default_output(spec)
-        _check_output(output)
+        paths = [args.output or default_output(spec)]
+        _check_output(paths[0])
         title = None if "(" in spec else os.path.basename(spec)
-        save(cells_figure(genotype, title, stacked=args.stacked), output)
-        paths = [output]
+        save(cells_figure(genotype, title, stacked=args.stacked), paths[0])
     for path in paths:
         print(path)
 

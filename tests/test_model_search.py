@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import ista
 import model
-from genotypes import NODES, PRIMITIVES
+from genotypes import NODES
 from model_search import Network, SparseCode
 from operations import BatchNorm2d
 
@@ -38,7 +38,7 @@ def set_support(net, choose):
 
 
 def randomize(net):
-    """Points, BatchNorm statistics and, where there are any, γ and β that leave nothing at 0 or 1."""
+    """Give points, BatchNorm statistics and γ and β, where there are any, values of their own."""
     with torch.no_grad():
         for b in net.arch_parameters():
             b.normal_()
@@ -140,6 +140,18 @@ def test_an_iterative_solver_that_does_not_converge_is_replaced_by_homotopy(monk
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("solver", ["fista", "clarabel"])
+def test_other_solvers_find_the_same_support(solver):
+    if solver == "clarabel":
+        pytest.importorskip("cvxpy")
+    exact, other = SparseCode(lam=1e-4), SparseCode(lam=1e-4)
+    other.load_state_dict(exact.state_dict())
+    for code in (exact, other):
+        code.accept([torch.zeros(n) for n in SIZES])
+    assert exact.recover() == other.recover(solver) == 0
+    assert exact.support == other.support and exact.support != [[(0, 0), (0, 1)]] * 4
+
+
 # ------------------------------------------------------------------------------------------------
 # State
 # ------------------------------------------------------------------------------------------------
@@ -229,7 +241,8 @@ def test_genotype_lists_the_support_by_node_and_operation():
     net = tiny()
     set_support(net, lambda j: (j * 7 + 3, 9))
     pairs = [("sep_conv_3x3", 0), ("skip_connect", 1), ("skip_connect", 1), ("sep_conv_3x3", 1),
-             ("skip_connect", 1), ("sep_conv_3x3", 2), ("skip_connect", 1), ("sep_conv_3x3", 3)]  # fmt: skip
+             ("skip_connect", 1), ("sep_conv_3x3", 2), ("skip_connect", 1), ("sep_conv_3x3", 3),
+             ]  # fmt: skip
     genotype = net.genotype()
     assert genotype.normal == genotype.reduce == pairs
     assert list(genotype.normal_concat) == [2, 3, 4, 5]

@@ -1,0 +1,223 @@
+"""Convolutions of the candidate operations, arranged for the CPU; on other devices torch's own.
+
+    y = separable(x, depthwise, pointwise)      # pointwise(depthwise(x)), for two nn.Conv2d
+    y = pointwise(xs, weight)                   # a 1×1 convolution of cat(xs)
+
+The values are those of the layers, to rounding; what differs is the backward pass. oneDNN, which
+torch calls on a CPU, has kernels for all the convolutions here but not for all their gradients,
+and without one it is up to 30 times slower. All tensors are (batch, C, H, W) in channels-last
+memory, where a 1×1 convolution is a product of two matrices.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def separable(x, depthwise, pointwise):
+    """pointwise(depthwise(x)).
+
+    Parameters
+    ----------
+    x : tensor, (batch, C, H, W)
+    depthwise : nn.Conv2d
+        Of 3×3 or 5×5, groups = C, padded to leave the size as it is or, at stride 2, to halve it;
+        dilation 1 or 2; no bias.
+    pointwise : nn.Conv2d
+        Of 1×1, stride 1; no bias.
+    """
+    if x.is_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        stride, dilation = depthwise.stride[0], depthwise.dilation[0]
+        return _Separable.apply(x, depthwise.weight, pointwise.weight, stride, dilation)
+    return pointwise(depthwise(x))
+
+
+class _Separable(torch.autograd.Function):
+    """The tensor between the two convolutions is not kept but computed again, which is cheap."""
+
+    @staticmethod
+    def forward(ctx, x, w_depth, w_point, stride, dilation):
+        ctx.save_for_backward(x, w_depth, w_point)
+        ctx.stride, ctx.dilation = stride, dilation
+        return _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w_depth, w_point = ctx.saved_tensors
+        stride, dilation = ctx.stride, ctx.dilation
+        g_x = g_depth = g_point = None
+        if ctx.needs_input_grad[2]:
+            y = _depthwise(x, w_depth, stride, dilation)
+            g_point = (_pixels(g).T @ _pixels(y)).view_as(w_point)
+            del y
+        g = _pointwise(g, w_point.transpose(0, 1))
+        if ctx.needs_input_grad[0]:
+            g_x = _depthwise_input_gradient(g, x, w_depth, stride, dilation)
+        if ctx.needs_input_grad[1]:
+            g_depth = _depthwise_weight_gradient(g, x, w_depth, stride, dilation)
+        return g_x, g_depth, g_point, None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# 1×1 convolutions
+# ------------------------------------------------------------------------------------------------
+
+
+def pointwise(xs, weight):
+    """1×1 convolution of cat(xs), without putting xs together.
+
+    Parameters
+    ----------
+    xs : list of tensors, (batch, C_i, H, W)
+    weight : tensor, (C_out, sum of C_i, 1, 1)
+    """
+    if xs[0].is_cpu and not torch.is_autocast_enabled("cpu"):
+        return _Pointwise.apply(weight, *xs)
+    return F.conv2d(torch.cat(xs, dim=1) if len(xs) > 1 else xs[0], weight)
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, *xs):
+        ctx.sizes = [x.shape[1] for x in xs]
+        ctx.save_for_backward(weight, *(xs if ctx.needs_input_grad[0] else ()))
+        batch, _, height, width = xs[0].shape
+        x, *more = map(_pixels, xs)
+        w, *more_w = weight.flatten(1).T.split(ctx.sizes)
+        y = x @ w
+        for x, w in zip(more, more_w, strict=True):
+            y.addmm_(x, w)
+        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, g):
+        weight, *xs = ctx.saved_tensors
+        g_weight = None
+        if ctx.needs_input_grad[0]:
+            g_weight = torch.cat([_pixels(g).T @ _pixels(x) for x in xs], dim=1).view_as(weight)
+        wanted = ctx.needs_input_grad[1:]
+        parts = weight.split(ctx.sizes, dim=1)
+        return g_weight, *(
+            _pointwise(g, part.transpose(0, 1)) if want else None
+            for part, want in zip(parts, wanted, strict=True)
+        )
+
+
+def _pointwise(x, weight):
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def _pixels(x):
+    """The matrix of all pixels, (batch · H · W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Depthwise convolutions
+# ------------------------------------------------------------------------------------------------
+
+
+def _depthwise(x, weight, stride, dilation):
+    padding = dilation * (weight.shape[3] // 2)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
+
+
+def _depthwise_input_gradient(g, x, weight, stride, dilation):
+    if dilation == 1:
+        padding = weight.shape[3] // 2
+        return _undilated_gradients(g, x, weight, stride, (padding, padding), (True, False))[0]
+    if stride == 1:  # a convolution with the weight turned round
+        return _depthwise(g, weight.flip(2, 3), 1, dilation)
+    # At stride 2 only every second pixel was seen, and those by an undilated convolution.
+    g_x = torch.zeros_like(x)
+    seen = _channels_last(x[:, :, ::2, ::2])
+    g_x[:, :, ::2, ::2] = _depthwise_input_gradient(g, seen, weight, 1, 1)
+    return g_x
+
+
+def _depthwise_weight_gradient(g, x, weight, stride, dilation):
+    if dilation == 2:
+        # Output pixels of even (odd) row and column see only such input pixels: the convolution
+        # is undilated on four images of a quarter of the pixels, and at stride 2 on one of them.
+        if stride == 1:
+            x, g = _quarters(x), _quarters(g)
+        else:
+            x, stride = _channels_last(x[:, :, ::2, ::2]), 1
+    padding = weight.shape[3] // 2
+    if padding == 1:
+        return _undilated_gradients(g, x, weight, stride, (1, 1), (False, True))[1]
+    # There is no kernel for 5 columns, but there is one for 3 and for 2.
+    width = stride * (g.shape[3] - 1)
+    parts = []
+    for first, part in zip((0, 3), weight.split(3, dim=3), strict=True):
+        left, right = first - padding, first + part.shape[3] + width - padding - x.shape[3]
+        window = _channels_last(F.pad(x, (-left, right)))
+        parts.append(_undilated_gradients(g, window, part, stride, (padding, 0), (False, True))[1])
+    return torch.cat(parts, dim=3)
+
+
+def _undilated_gradients(g, x, weight, stride, padding, wanted):
+    """Gradients of the input and the weight of a depthwise convolution, as far as wanted."""
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, (stride, stride), padding, (1, 1), False, (0, 0), len(weight),
+        (*wanted, False),
+    )  # fmt: skip
+
+
+def _quarters(x):
+    """Split images into the pixels of even and odd rows and columns: (4 · batch, C, H/2, W/2)."""
+    B, C, H, W = x.shape
+    if H % 2 or W % 2:
+        x = F.pad(x, (0, W % 2, 0, H % 2))
+        H, W = H + H % 2, W + W % 2
+    x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)
+    return x.permute(2, 4, 0, 1, 3, 5).reshape(4 * B, H // 2, W // 2, C).permute(0, 3, 1, 2)
+
+
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tensors taken apart and put together, with gradients in channels-last memory
+# ------------------------------------------------------------------------------------------------
+
+
+def diagonal(x):
+    """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2]."""
+    return _Diagonal.apply(x)
+
+
+class _Diagonal(torch.autograd.Function):
+    """Both gradients go into one tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return _channels_last(x[:, :, ::2, ::2]), _channels_last(x[:, :, 1::2, 1::2])
+
+    @staticmethod
+    def backward(ctx, g_even, g_odd):
+        g = torch.empty(
+            ctx.shape, dtype=g_even.dtype, device=g_even.device, memory_format=torch.channels_last
+        ).zero_()
+        g[:, :, ::2, ::2] = g_even
+        g[:, :, 1::2, 1::2] = g_odd
+        return g
+
+
+def concatenate(xs):
+    """torch.cat(xs, dim=1)."""
+    return _Concatenate.apply(*xs)
+
+
+class _Concatenate(torch.autograd.Function):
+    """The gradients are contiguous, without which BatchNorm's backward pass is far slower."""
+
+    @staticmethod
+    def forward(ctx, *xs):
+        ctx.sizes = [x.shape[1] for x in xs]
+        return torch.cat(xs, dim=1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return tuple(_channels_last(part) for part in g.split(ctx.sizes, dim=1))

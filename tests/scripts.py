@@ -1,0 +1,109 @@
+"""Run the scripts as a person does: as processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+# Handwritten digits at 8×8 pixels and the smallest networks: an epoch takes about a second.
+TINY = ["--dataset", "digits", "--image_size", "8", "--init_channels", "2", "--layers", "3"]
+TWO_STAGE = ["search.py", *TINY, "--batch_size", "240", "--arch_learning_rate", "0.02"]
+ONE_STAGE = [
+    "search.py", "--one_stage", *TINY, "--batch_size", "480", "--arch_learning_rate", "0.02",
+    "--freeze_tol", "0.05", "--max_search_epochs", "3",
+]  # fmt: skip
+TRAIN = ["train.py", *TINY, "--arch", "ISTA_twostage", "--batch_size", "480"]
+
+
+class Process:
+    """A script running in a process of its own; see `zygote.py` for where it comes from."""
+
+    _zygote = None
+
+    def __init__(self, script, *flags, cwd, meddle=None):
+        if Process._zygote is None:
+            Process._zygote = subprocess.Popen(
+                [sys.executable, Path(__file__).parent / "zygote.py"], env=ENVIRONMENT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        self.output = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]
+        self.pid = self._ask(
+            argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd), meddle=meddle and str(meddle),
+            output=[file.name for file in self.output],
+        )  # fmt: skip
+
+    def _ask(self, **job):
+        Process._zygote.stdin.write(json.dumps(job) + "\n")
+        Process._zygote.stdin.flush()
+        return json.loads(Process._zygote.stdout.readline())
+
+    def kill(self, signum):
+        os.kill(self.pid, signum)
+
+    def wait(self):
+        """The exit status, -k after signal k; stdout and stderr are there then."""
+        self.status = self._ask(wait=self.pid)
+        self.stdout, self.stderr = (file.read() for file in self.output)
+        return self.status
+
+
+def run(script, *flags, cwd, status=0):
+    """Run a script to its end, and check its exit status.
+
+    Returns
+    -------
+    Process
+        With stdout and stderr as text.
+    """
+    done = Process(script, *flags, cwd=cwd)
+    assert done.wait() == status, done.stdout + done.stderr
+    return done
+
+
+def rows(path):
+    """Objects of a JSON-lines file, without what differs from one machine or hour to the next."""
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory_gib")}
+        for line in Path(path).read_text().splitlines()
+    ]
+
+
+def assert_same(a, b, where=""):
+    """Assert that two nested structures are equal, tensors to the bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("seconds", "peak_memory_gib", "save"):
+                assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    """Assert that two finished runs have the same results: metrics, genotypes, checkpoint."""
+    a, b = Path(a), Path(b)
+    for name in ("metrics.jsonl", "genotypes.jsonl"):
+        assert (a / name).exists() == (b / name).exists()
+        if (a / name).exists():
+            assert rows(a / name) == rows(b / name)
+    for name in ("checkpoint.pt", "network.pt"):
+        assert (a / name).exists() == (b / name).exists()
+        if (a / name).exists():
+            x, y = (torch.load(path / name, weights_only=True) for path in (a, b))
+            assert_same(x, y, name)
+    x, y = (json.loads((path / "genotype.json").read_text()) for path in (a, b))
+    assert x["normal"] == y["normal"] and x["reduce"] == y["reduce"]
