@@ -1,12 +1,13 @@
 # make demo   search a cell on handwritten digits, train it, report its accuracy (10 minutes)
 # make test   run the tests
-# Both make the virtual environment .venv and install requirements.txt into it first.
+# make crash  kill runs at random moments, many times
+# All make the virtual environment .venv and install requirements.txt into it first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test crash clean
 
 demo: $(VENV)/installed
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S); set -ex; \
@@ -16,7 +17,10 @@ demo: $(VENV)/installed
 	    --init_channels 8 --layers 5 --batch_size 32 --epochs 12 --save $$run/train
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not crash"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash"
+
+crash: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m crash
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -175,6 +175,11 @@ def check_shared(args):
     """
     if args.image_size % 4:
         raise ValueError(f"--image_size must be a multiple of 4, not {args.image_size}")
+    if args.learning_rate_min > args.learning_rate:
+        raise ValueError(
+            f"--learning_rate_min {args.learning_rate_min:g} is larger than --learning_rate "
+            f"{args.learning_rate:g}"
+        )
     if args.resume:
         if args.save:
             raise ValueError("--resume continues in the run's own folder: leave out --save")

@@ -1,7 +1,7 @@
 """Convolutions of the candidate operations, arranged for the CPU; on other devices torch's own.
 
-    y = separable(x, depthwise, pointwise)      # pointwise(depthwise(x)), for two nn.Conv2d
-    y = pointwise(xs, weight)                   # a 1×1 convolution of cat(xs)
+    y = separable(x, depthwise, pointwise, norm, w)     # norm(pointwise(depthwise(x)), w)
+    y = pointwise(xs, weight)                           # a 1×1 convolution of cat(xs)
 
 The values are those of the layers, to rounding; what differs is the backward pass. oneDNN, which
 torch calls on a CPU, has kernels for all the convolutions here but not for all their gradients,
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 
-def separable(x, depthwise, pointwise):
-    """pointwise(depthwise(x)).
+def separable(x, depthwise, pointwise, norm, w=None):
+    """norm(pointwise(depthwise(x)), w).
 
     Parameters
     ----------
@@ -24,37 +24,52 @@ def separable(x, depthwise, pointwise):
         dilation 1 or 2; no bias.
     pointwise : nn.Conv2d
         Of 1×1, stride 1; no bias.
+    norm : operations.BatchNorm2d
+    w : tensor of one number, optional
     """
-    if x.is_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-        stride, dilation = depthwise.stride[0], depthwise.dilation[0]
-        return _Separable.apply(x, depthwise.weight, pointwise.weight, stride, dilation)
-    return pointwise(depthwise(x))
+    fast = x.is_cpu and norm.training and torch.is_grad_enabled()
+    if not fast or torch.is_autocast_enabled("cpu"):
+        return norm(pointwise(depthwise(x)), w)
+    norm.num_batches_tracked.add_(1)
+    return _Separable.apply(
+        x, depthwise.weight, pointwise.weight, *norm.scale_and_shift(w),
+        norm, depthwise.stride[0], depthwise.dilation[0],
+    )  # fmt: skip
 
 
 class _Separable(torch.autograd.Function):
-    """The tensor between the two convolutions is not kept but computed again, which is cheap."""
+    """What is between the layers is not kept but computed again, which is cheap."""
 
     @staticmethod
-    def forward(ctx, x, w_depth, w_point, stride, dilation):
-        ctx.save_for_backward(x, w_depth, w_point)
-        ctx.stride, ctx.dilation = stride, dilation
-        return _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
+    def forward(ctx, x, w_depth, w_point, scale, shift, norm, stride, dilation):
+        y = _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
+        y, mean, invstd = torch.native_batch_norm(
+            y, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
+        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd)
+        ctx.eps, ctx.stride, ctx.dilation = norm.eps, stride, dilation
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        x, w_depth, w_point = ctx.saved_tensors
+        x, w_depth, w_point, scale, mean, invstd = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
+        need_x, need_depth, need_point, *need_norm = ctx.needs_input_grad[:5]
+        between = _depthwise(x, w_depth, stride, dilation)
+        g, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
+            g, _pointwise(between, w_point), scale, None, None, mean, invstd, True, ctx.eps,
+            (True, *need_norm),
+        )  # fmt: skip
         g_x = g_depth = g_point = None
-        if ctx.needs_input_grad[2]:
-            y = _depthwise(x, w_depth, stride, dilation)
-            g_point = (_pixels(g).T @ _pixels(y)).view_as(w_point)
-            del y
+        if need_point:
+            g_point = (_pixels(g).T @ _pixels(between)).view_as(w_point)
+        del between
         g = _pointwise(g, w_point.transpose(0, 1))
-        if ctx.needs_input_grad[0]:
+        if need_x:
             g_x = _depthwise_input_gradient(g, x, w_depth, stride, dilation)
-        if ctx.needs_input_grad[1]:
+        if need_depth:
             g_depth = _depthwise_weight_gradient(g, x, w_depth, stride, dilation)
-        return g_x, g_depth, g_point, None, None
+        return g_x, g_depth, g_point, g_scale, g_shift, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -31,19 +31,23 @@ class State:
     def __init__(self, x, parts=()):
         self._x = x
         self._relu = None
-        self.parts = parts or [self]
+        self._parts = parts
+
+    @property
+    def parts(self):
+        return self._parts or [self]  # not kept: that would be a cycle, freed late
 
     @property
     def x(self):
         if self._x is None:
-            self._x = concatenate([part.x for part in self.parts])
+            self._x = concatenate([part.x for part in self._parts])
         return self._x
 
     @property
     def relu(self):
         if self._relu is None:
             if self._x is None:
-                self._relu = concatenate([part.relu for part in self.parts])
+                self._relu = concatenate([part.relu for part in self._parts])
             else:
                 self._relu = F.relu(self._x)
         return self._relu
@@ -60,15 +64,19 @@ class BatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if self.training:
             self.num_batches_tracked.add_(1)
-        if self.affine:
-            weight, bias = w * self.weight, w * self.bias
-        else:
-            # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
-            weight, bias = w.expand(self.num_features).contiguous(), None
         return F.batch_norm(
-            x, self.running_mean, self.running_var, weight, bias,
+            x, self.running_mean, self.running_var, *self.scale_and_shift(w),
             self.training, self.momentum, self.eps,
         )  # fmt: skip
+
+    def scale_and_shift(self, w=None):
+        """(wγ, wβ), or None for what is 1 and 0."""
+        if w is None:
+            return self.weight, self.bias
+        if self.affine:
+            return w * self.weight, w * self.bias
+        # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
+        return w.expand(self.num_features).contiguous(), None
 
 
 class Operation(nn.Module):
@@ -125,10 +133,9 @@ class SepConv(Stack):
             BatchNorm2d(C, affine=affine),
         )
 
-    def body(self, state):
-        _, depthwise_1, pointwise_1, norm_1, relu, depthwise_2, pointwise_2, _ = self.op
-        x = relu(norm_1(separable(state.relu, depthwise_1, pointwise_1)))
-        return separable(x, depthwise_2, pointwise_2)
+    def forward(self, state, w=None):
+        x = separable(state.relu, *self.op[1:4])
+        return separable(self.op[4](x), *self.op[5:8], w)
 
 
 class DilConv(Stack):
@@ -143,8 +150,8 @@ class DilConv(Stack):
             BatchNorm2d(C, affine=affine),
         )
 
-    def body(self, state):
-        return separable(state.relu, self.op[1], self.op[2])
+    def forward(self, state, w=None):
+        return separable(state.relu, *self.op[1:4], w)
 
 
 class FactorizedReduce(Operation):

@@ -358,7 +358,7 @@ def _draw_cell(axes, layout, pairs, marked):
                 bend = 0.55 * (to_x - x)
                 vertices += [(x + bend, y), (to_x - bend, to_y), (to_x, to_y)]
                 code += [Path.CURVE4] * 3
-        colour, dash, thick = OPERATIONS[pairs[k][0]][1:] if k < len(pairs) else ("#9A9A9A", "-", 1)
+        colour, dash, thick = OPERATIONS[pairs[k][0]][1:] if k < len(pairs) else ("#9A9A9A", "-", 0.7)
         path = Path(vertices, code)
         for ink, style, wide in (("white", "-", thick + 1.6), (colour, dash, thick)):
             # The white below each curve shows at a crossing which one runs over the other.
@@ -649,7 +649,7 @@ def _draw_choices(axes, run, until, cell, lanes):
                       va="center_baseline", gid="bar")  # fmt: skip
             start = at + wide
         if _hatch(operation):
-            bar["hatch"] = _hatch(operation)
+            bar.update(facecolor="none", linewidth=0, hatch=_hatch(operation))
             axes.add_patch(Rectangle((start, top), stop - start, high, **bar))
     for node, x in freezes.items():
         axes.plot([x, x], [tops[node, 0], tops[node, node - 1] + lanes[node, node - 1]],
@@ -831,7 +831,9 @@ def compare_figure(runs):
     """
     colours = ("#0B5FA5", "#E07B00", "#1A1A1A", "#68C296", "#9C3D97", "#6DBBEB", "#D55E00",
                "#8A8A8A")  # fmt: skip
-    groups, names, handles, low = _groups(runs), _names(runs), [], []
+    groups, names = _groups(runs), _names(runs)
+    handles, low = [], []
+    high = -math.inf
     with _style():
         height = 2.55 + 0.14 * len(groups)
         figure = _figure(WIDTH, height)
@@ -846,6 +848,7 @@ def compare_figure(runs):
             for run in group:
                 epochs, values = _series(run, f"{_held_out(run)[0]}_accuracy")
                 low += values[len(values) * 2 // 3 :][:1]
+                high = max([high, *values])
                 look["marker"] = "." if len(epochs) <= 15 else None
                 for axes in panels:
                     line = axes.plot(epochs, values, **look)
@@ -853,7 +856,9 @@ def compare_figure(runs):
         kinds = " or ".join(dict.fromkeys(_held_out(run)[1] for run in runs))
         panels[0].set_title(f"{kinds} accuracy (%)")
         panels[1].set_title("the same, enlarged")
-        panels[1].set_ylim(min(low, default=None), None)
+        if low:
+            room = 0.05 * (high - min(low)) or 1
+            panels[1].set_ylim(min(low) - room, high + room)
         for axes in panels:
             _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
         figure.legend(

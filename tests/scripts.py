@@ -35,8 +35,8 @@ class Process:
             )  # fmt: skip
         self.output = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]
         self.pid = self._ask(
-            argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd), meddle=meddle and str(meddle),
-            output=[file.name for file in self.output],
+            argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd),
+            meddle=meddle and str(meddle), output=[file.name for file in self.output],
         )  # fmt: skip
 
     def _ask(self, **job):

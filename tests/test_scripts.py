@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from scripts import ONE_STAGE, TINY, TRAIN, TWO_STAGE, assert_same_run, rows, run
 
 import genotypes
-from scripts import ONE_STAGE, TINY, TRAIN, TWO_STAGE, assert_same_run, rows, run
 
 
 def next_commands(stdout):

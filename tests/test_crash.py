@@ -1,0 +1,162 @@
+"""Runs that are killed at any moment go on to the very end they would have had."""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+from scripts import ONE_STAGE, TRAIN, TWO_STAGE, Process, assert_same_run, run
+
+LOOPS = {
+    "two-stage": [*TWO_STAGE, "--epochs", 6],
+    "one-stage": [*ONE_STAGE, "--epochs", 3],
+    "training": [*TRAIN, "--epochs", 6],
+}
+MANY = pytest.mark.crash
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """For each loop, the folder of a run that was never stopped, and the seconds it took."""
+    made = {}
+
+    def make(loop):
+        if loop not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            began = time.time()
+            run(*LOOPS[loop], "--save", "run", cwd=folder)
+            made[loop] = folder / "run", time.time() - began
+        return made[loop]
+
+    return make
+
+
+def start_or_resume(loop, place):
+    script, *flags = LOOPS[loop]
+    if (place / "run/checkpoint.pt").exists():
+        return Process(script, "--resume", "run", cwd=place)
+    if (place / "run").exists():  # killed in its first epoch: there is nothing to go on from
+        (place / "run").rename(place / f"given up {time.time()}")
+    return Process(script, *flags, "--save", "run", cwd=place)
+
+
+def kill_and_resume(loop, place, seconds, kills, rng):
+    """Kill a run at random moments, resuming it each time, and let it end; return the kills."""
+    killed = 0
+    for _ in range(kills):
+        process = start_or_resume(loop, place)
+        time.sleep(rng.uniform(0.3, 1) * seconds / (1 + killed / 3))
+        process.kill(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    process = start_or_resume(loop, place)
+    assert process.wait() == 0, process.stderr
+    return killed
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_kill_costs_nothing_but_time(whole, tmp_path, loop):
+    path, seconds = whole(loop)
+    kill_and_resume(loop, tmp_path, seconds, 1, random.Random(loop))
+    assert_same_run(path, tmp_path / "run")
+
+
+@MANY
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loop", LOOPS)
+def test_many_kills_cost_nothing_but_time(whole, tmp_path, loop, seed):
+    path, seconds = whole(loop)
+    killed = kill_and_resume(loop, tmp_path, seconds, 4, random.Random(f"{loop} {seed}"))
+    assert killed >= 1
+    assert_same_run(path, tmp_path / "run")
+
+
+# Kills at the weak moments of writing a checkpoint, of the epoch that is the 2nd of its process.
+MOMENTS = {
+    "half of the file is written": (
+        "import io, os, signal, torch\n"
+        "whole, calls = torch.save, []\n"
+        "def save(state, path):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) < 2 or 'checkpoint' not in path: return whole(state, path)\n"
+        "    buffer = io.BytesIO()\n"
+        "    whole(state, buffer)\n"
+        "    with open(path, 'wb') as file:\n"
+        "        file.write(buffer.getvalue()[: buffer.tell() // 2])\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "torch.save = save\n"
+    ),
+    "the file is whole, and not in its place": (
+        "import os, signal\n"
+        "whole, calls = os.replace, []\n"
+        "def replace(a, b):\n"
+        "    calls.extend([1] * b.endswith('checkpoint.pt'))\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    whole(a, b)\n"
+        "os.replace = replace\n"
+    ),
+    "the rows of the epoch are written, the checkpoint is not": (
+        "import os, signal, torch\n"
+        "whole, calls = torch.save, []\n"
+        "def save(state, path):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    whole(state, path)\n"
+        "torch.save = save\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
+    path, _ = whole("two-stage")
+    meddle = tmp_path / "meddle.py"
+    meddle.write_text(MOMENTS[moment])
+    script, *flags = LOOPS["two-stage"]
+    process = Process(script, *flags, "--save", "run", cwd=tmp_path, meddle=meddle)
+    assert process.wait() == -signal.SIGKILL
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] == 1
+    run(script, "--resume", "run", cwd=tmp_path)
+    assert_same_run(path, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("loop", ["two-stage", "training"])
+def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, signum):
+    path, _ = whole(loop)
+    process = start_or_resume(loop, tmp_path)
+    deadline = time.time() + 120
+    while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill(signum)
+    assert process.wait() == 128 + signum, process.stdout + process.stderr
+    assert process.stderr == f"{LOOPS[loop][0]}: stopped by {signum.name}\n"
+    command = re.search(r"go on from the last checkpoint with: python (\S+) --resume (\S+)",
+                        process.stdout)  # fmt: skip
+    assert not list((tmp_path / "run").glob("*.partial"))
+    run(command[1], "--resume", command[2], cwd=tmp_path)
+    assert_same_run(path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("phase", ["searching", "architecture fixed"])
+def test_one_stage_search_resumes_in_either_phase(whole, tmp_path, phase):
+    path, _ = whole("one-stage")
+    searching = sum('"frozen"' in line for line in (path / "metrics.jsonl").open())
+    meddle = tmp_path / "meddle.py"
+    saves = 1 if phase == "searching" else searching + 1
+    meddle.write_text(
+        "import os, signal, torch\n"
+        "whole, calls = torch.save, []\n"
+        "def save(state, path):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == {saves + 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    whole(state, path)\n"
+        "torch.save = save\n"
+    )
+    script, *flags = LOOPS["one-stage"]
+    process = Process(script, *flags, "--save", "run", cwd=tmp_path, meddle=meddle)
+    assert process.wait() == -signal.SIGKILL
+    run(script, "--resume", "run", cwd=tmp_path)
+    assert_same_run(path, tmp_path / "run")
