@@ -13,10 +13,29 @@ __version__ = "0.1.0"
 class Parser(argparse.ArgumentParser):
     """A parser that answers an error with one line, and knows which flags were typed."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, prog, description):
         super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-        )
+            prog=prog, description=description, usage=f"{prog} [flags]", allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, max_help_position=32, width=100
+            ),
+        )  # fmt: skip
+
+    def show_defaults(self, **settings):
+        """Say in the help of each flag what its default is, in each of the published settings."""
+        for action in self._actions:
+            values = {name: column.get(action.dest) for name, column in settings.items()}
+            if None in values.values():
+                if action.default in (None, argparse.SUPPRESS):
+                    continue
+                values = {"default": action.default}
+            if len(set(values.values())) == 1:
+                values = {"default": next(iter(values.values()))}
+            text = ", ".join(
+                f"{name.replace('_', '-')}: {('off', 'on')[v] if isinstance(v, bool) else v}"
+                for name, v in values.items()
+            )
+            action.help = f"{action.help} ({text})"
 
     def error(self, message):
         fail(self.prog, message)
@@ -111,41 +130,46 @@ def add_shared(parser, datasets=DATASETS):
     """
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="data", metavar="DIR", help="folder of the data set")
-    group.add_argument("--dataset", default="cifar10", choices=datasets)
+    group.add_argument(
+        "--dataset", default="cifar10", choices=datasets, metavar="NAME",
+        help=f"one of {', '.join(datasets)}",
+    )  # fmt: skip
     group.add_argument(
         "--image_size", type=whole(4), default=32, metavar="PIXELS",
-        help="images are resized to this width and height; a multiple of 4 (default: 32)",
+        help="images are resized to this width and height; a multiple of 4",
     )  # fmt: skip
-    group.add_argument("--batch_size", type=whole(1), metavar="IMAGES")
+    group.add_argument("--batch_size", type=whole(1), metavar="IMAGES", help="in a step")
     group.add_argument(
-        "--workers", type=whole(0), default=2, help="threads that read image files (default: 2)"
+        "--workers", type=whole(0), default=2, metavar="N", help="threads that read image files"
     )
     switch(group, "cutout", "cut a square out of each training image")
     group.add_argument(
-        "--cutout_length", type=whole(1), default=16, metavar="PIXELS", help="(default: 16)"
+        "--cutout_length", type=whole(1), default=16, metavar="PIXELS", help="side of that square"
     )
 
     group = parser.add_argument_group("network")
-    group.add_argument("--init_channels", type=whole(1), help="channels of the first cells")
-    group.add_argument("--layers", type=whole(1), help="number of cells")
+    group.add_argument("--init_channels", type=whole(1), metavar="C", help="of the first cells")
+    group.add_argument("--layers", type=whole(1), metavar="CELLS", help="number of cells")
     switch(group, "auxiliary", "train with an auxiliary head")
     group.add_argument(
-        "--auxiliary_weight", type=real(0), default=0.4, help="weight of its loss (default: 0.4)"
+        "--auxiliary_weight", type=real(0), default=0.4, metavar="WEIGHT", help="weight of its loss"
     )
     group.add_argument(
-        "--drop_path_prob", type=real(0, 1),
+        "--drop_path_prob", type=real(0, 1), metavar="P",
         help="probability of dropping an operation for an image, reached at the last epoch",
     )  # fmt: skip
 
     group = parser.add_argument_group("optimisation of the weights (SGD)")
-    group.add_argument("--epochs", type=whole(1))
-    group.add_argument("--learning_rate", type=real(0), help="at the first epoch")
-    group.add_argument("--learning_rate_min", type=real(0), help="towards the last epoch (cosine)")
-    group.add_argument("--momentum", type=real(0, 1), default=0.9, help="(default: 0.9)")
-    group.add_argument("--weight_decay", type=real(0), help="L2 penalty")
+    group.add_argument("--epochs", type=whole(1), help="passes through the training images")
+    group.add_argument("--learning_rate", type=real(0), metavar="LR", help="in the first epoch")
     group.add_argument(
-        "--grad_clip", type=real(0, open_low=True), default=5.0,
-        help="largest norm of the gradient of all weights together (default: 5)",
+        "--learning_rate_min", type=real(0), metavar="LR", help="towards the last epoch, by cosine"
+    )
+    group.add_argument("--momentum", type=real(0, 1), default=0.9, metavar="M", help="of SGD")
+    group.add_argument("--weight_decay", type=real(0), metavar="L2", help="of SGD")
+    group.add_argument(
+        "--grad_clip", type=real(0, open_low=True), default=5.0, metavar="NORM",
+        help="largest norm of the gradient of all weights together",
     )  # fmt: skip
 
     group = parser.add_argument_group("run")
@@ -155,13 +179,13 @@ def add_shared(parser, datasets=DATASETS):
     group.add_argument(
         "--resume", metavar="RUN_DIR", help="continue the run in this folder, or its checkpoint.pt"
     )
-    group.add_argument("--seed", type=whole(0))
+    group.add_argument("--seed", type=whole(0), help="of weights, data order and augmentation")
     group.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     switch(group, "amp", "compute in bfloat16 where that is safe")
     group.set_defaults(amp=False)
     group.add_argument(
         "--report_freq", type=whole(1), default=50, metavar="STEPS",
-        help="steps between two lines of progress (default: 50)",
+        help="steps between two lines of progress",
     )  # fmt: skip
 
 

@@ -38,51 +38,52 @@ def get_args_parser():
     arguments.switch(group, "one_stage", "search at the target size, in one run with the training")
     parser.set_defaults(one_stage=False)
     group.add_argument(
-        "--arch_learning_rate", type=arguments.real(0),
-        help="of Adam on b (default: 6e-4; one-stage 3e-4)",
+        "--arch_learning_rate", type=arguments.real(0), metavar="LR", help="of Adam on b",
     )  # fmt: skip
     group.add_argument(
-        "--arch_weight_decay", type=arguments.real(0), default=1e-3, help="on b (default: 1e-3)"
-    )
-    group.add_argument(
-        "--proj_dims", type=arguments.whole(1), default=7, help="m, the length of b (default: 7)"
-    )
-    group.add_argument(
-        "--sparseness", type=arguments.whole(1), default=2,
-        help="s, the (edge, operation) pairs that each node keeps (default: 2)",
+        "--arch_weight_decay", type=arguments.real(0), default=1e-3, metavar="L2",
+        help="of Adam on b",
     )  # fmt: skip
     group.add_argument(
-        "--lam", type=arguments.real(0, open_low=True), default=1e-5, help="λ (default: 1e-5)"
+        "--proj_dims", type=arguments.whole(1), default=7, metavar="M", help="m, the length of b"
     )
     group.add_argument(
-        "--solver", default="homotopy",
+        "--sparseness", type=arguments.whole(1), default=2, metavar="S",
+        help="s, the (edge, operation) pairs that each node keeps",
+    )  # fmt: skip
+    group.add_argument(
+        "--lam", type=arguments.real(0, open_low=True), default=1e-5, help="λ"
+    )
+    group.add_argument(
+        "--solver", default="homotopy", metavar="NAME",
         choices=["homotopy", "ista", "fista", "mosek", "clarabel"],
-        help="of the sparse coding problem (default: homotopy, which is exact)",
+        help="homotopy (exact), ista, fista, mosek or clarabel",
     )  # fmt: skip
 
     group = parser.add_argument_group("two-stage search")
     group.add_argument(
-        "--train_portion", type=arguments.real(0, 1, open_low=True), default=0.5,
-        help="part of the training images for the weights; the rest is for b (default: 0.5)",
+        "--train_portion", type=arguments.real(0, 1, open_low=True), default=0.5, metavar="P",
+        help="part of the training images for the weights; the rest is for b",
     )  # fmt: skip
     group.add_argument(
         "--recover_every", type=recovery_interval, default="epoch", metavar="{epoch,STEPS}",
-        help="recover codes after each epoch, or after so many steps (default: epoch)",
+        help="recover codes after each epoch, or after so many steps",
     )  # fmt: skip
 
     group = parser.add_argument_group("one-stage search")
     group.add_argument(
-        "--freeze_tol", type=arguments.real(0), default=1e-3,
-        help="a node freezes when its code moves by no more than this (default: 1e-3)",
+        "--freeze_tol", type=arguments.real(0), default=1e-3, metavar="TOL",
+        help="a node freezes when its code moves by no more than this",
     )  # fmt: skip
     group.add_argument(
         "--max_params", type=arguments.real(0, open_low=True), default=3.7, metavar="MILLIONS",
-        help="architectures with as many parameters or more are rejected (default: 3.7)",
+        help="architectures with as many parameters or more are rejected",
     )  # fmt: skip
     group.add_argument(
         "--max_search_epochs", type=arguments.whole(1), default=600, metavar="EPOCHS",
-        help="then the last architecture is taken, at rest or not (default: 600)",
+        help="then the last architecture is taken, at rest or not",
     )  # fmt: skip
+    parser.show_defaults(two_stage=TWO_STAGE, one_stage=ONE_STAGE)
     return parser
 
 

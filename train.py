@@ -31,7 +31,7 @@ def get_args_parser():
         "--arch", metavar="GENOTYPE",
         help="a published name, random:SEED, a genotype.json, or a text 'Genotype(...)'",
     )  # fmt: skip
-    arguments.switch(group, "one_stage", "BatchNorm after pools and skips (default: as searched)")
+    arguments.switch(group, "one_stage", "BatchNorm after pools and skips")
     group.add_argument(
         "--weights", metavar="FILE",
         help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
@@ -41,6 +41,7 @@ def get_args_parser():
         "--evaluate", action="store_true",
         help="measure the network of --weights or --resume on the test set, and do nothing else",
     )  # fmt: skip
+    parser.show_defaults(published=CIFAR)
     return parser
 
 

@@ -358,7 +358,8 @@ def _draw_cell(axes, layout, pairs, marked):
                 bend = 0.55 * (to_x - x)
                 vertices += [(x + bend, y), (to_x - bend, to_y), (to_x, to_y)]
                 code += [Path.CURVE4] * 3
-        colour, dash, thick = OPERATIONS[pairs[k][0]][1:] if k < len(pairs) else ("#9A9A9A", "-", 0.7)
+        look = OPERATIONS[pairs[k][0]] if k < len(pairs) else ("", "#9A9A9A", "-", 0.7)
+        _, colour, dash, thick = look
         path = Path(vertices, code)
         for ink, style, wide in (("white", "-", thick + 1.6), (colour, dash, thick)):
             # The white below each curve shows at a crossing which one runs over the other.
@@ -453,6 +454,7 @@ def read_run(path):
             for cell in CELLS:
                 values = row.get(f"{cell}_weights")
                 fits = isinstance(values, list) and len(values) == len(getattr(genotype, cell))
+                fits = fits and all(map(_number, values))
                 weights[cell] = values if fits else None
             history.append(Choice(row["epoch"], genotype, weights))
     if rows and not history:
@@ -473,11 +475,16 @@ def read_run(path):
 def _rows(path):
     """Rows of a .jsonl file by epoch; the last line may still be on its way to the disk."""
     rows = {}
-    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                row = json.loads(line)
-                rows[int(row["epoch"])] = row
+    try:
+        with open(path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
+                    row = json.loads(line)
+                    rows[int(row["epoch"])] = {**row, "epoch": int(row["epoch"])}
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -489,8 +496,12 @@ def _nodes(row, key):
 
 def _series(run, key):
     """Epochs and values of a number that some rows have."""
-    rows = [row for row in run.metrics if type(row.get(key)) in (int, float)]
+    rows = [row for row in run.metrics if _number(row.get(key))]
     return [row["epoch"] for row in rows], [row[key] for row in rows]
+
+
+def _number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _held_out(run):
@@ -690,7 +701,7 @@ def _draw_distances(axes, run, until):
     distances = [{} for _ in range(2 * NODES)]  # by epoch
     for row in run.metrics:
         for node, value in enumerate(_nodes(row, "distance")):
-            if type(value) in (int, float) and value > 0:  # it is 0 once the node is frozen
+            if _number(value) and value > 0:  # it is 0 once the node is frozen
                 distances[node][row["epoch"]] = value
     for node, values in enumerate(distances):
         axes.plot(list(values), list(values.values()), color=shades[node % NODES],
@@ -704,7 +715,7 @@ def _draw_distances(axes, run, until):
         label = None
     shown = [value for values in distances for value in values.values()] or [0.1, 1.0]
     tolerance = run.config.get("freeze_tol")
-    if run.one_stage and type(tolerance) in (int, float) and tolerance > 0:
+    if run.one_stage and _number(tolerance) and tolerance > 0:
         axes.axhline(tolerance, color="black", linewidth=0.7, linestyle=":", label="tolerance")
         shown.append(tolerance)
     rejected = [row["epoch"] for row in run.metrics if row.get("rejected") is True]
@@ -886,7 +897,7 @@ def table(runs):
             values = _series(run, f"{kind}_accuracy")[1] or [None]
             sizes = [run.metrics[-1].get(key) for key in ("parameters", "multiply_adds")]
             results.append((
-                *(size / 1e6 if type(size) in (int, float) else None for size in sizes),
+                *(size / 1e6 if _number(size) else None for size in sizes),
                 values[-1], max(values), sum(_series(run, "seconds")[1]) / 3600,
             ))  # fmt: skip
             done, total = _progress(run)

@@ -484,11 +484,13 @@ def test_script_draws_and_compares_runs(tmp_path):
         (["ISTA_twostage", "-o", "no/such/cells.png"], "there is no folder no/such"),
         (["begun", "missing"], "begun: no epoch"),
         (["broken", "broken"], "no row holds a genotype"),
+        (["strange"], "cannot be read"),
     ],
 )
 def test_errors_are_one_line(tmp_path, argv, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
+    (tmp_path / "strange" / "metrics.jsonl").mkdir(parents=True)
     (tmp_path / "begun" / "config.json").write_text("{}")
     make_run(tmp_path / "broken", "two", 2)
     (tmp_path / "broken" / "genotypes.jsonl").write_text('{"epoch": 1, "normal": []}\n')

@@ -1,0 +1,122 @@
+"""Networks of a fixed genotype."""
+
+import pytest
+import torch
+
+import genotypes
+from model import NetworkCIFAR, NetworkImageNet, from_config, shape_of
+from operations import drop_path
+
+
+def size(net):
+    return sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
+
+
+@pytest.mark.parametrize("network, shape, genotype, one_stage, parameters", [
+    (NetworkCIFAR, (36, 10, 20), "ISTA_twostage", False, 3_316_726),
+    (NetworkCIFAR, (36, 10, 20), "ISTA_onestage", True, 3_371_806),
+    (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", False, 5_651_392),
+    (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", True, 5_655_232),
+])  # fmt: skip
+def test_published_networks_have_their_parameters(network, shape, genotype, one_stage, parameters):
+    with torch.device("meta"):
+        net = network(*shape, True, genotypes.load(genotype)[0], one_stage)
+    assert size(net) == parameters
+
+
+def test_names_are_those_of_darts():
+    with torch.device("meta"):
+        keys = list(NetworkCIFAR(36, 10, 20, True, genotypes.ISTA_twostage).state_dict())
+        imagenet = set(NetworkImageNet(48, 1000, 14, True, genotypes.ISTA_ImageNet).state_dict())
+    for key in (
+        "stem.0.weight", "stem.1.bias", "cells.0.preprocess0.op.1.weight",
+        "cells.0._ops.1.op.1.weight", "cells.0._ops.2.op.7.running_var",
+        "cells.7.preprocess0.conv_1.weight", "auxiliary_head.features.2.weight",
+        "auxiliary_head.features.6.bias", "auxiliary_head.classifier.weight", "classifier.bias",
+    ):  # fmt: skip
+        assert key in keys
+    order = ["stem.0", "cells.0.preprocess0", "cells.0.preprocess1", "cells.0._ops.0",
+             "cells.19._ops.7", "auxiliary_head.features.2", "classifier"]  # fmt: skip
+    first = [min(i for i, key in enumerate(keys) if key.startswith(name)) for name in order[:3]]
+    assert first == sorted(first)
+    assert "cells.0._ops.0.1.weight" not in keys, "a bare skip has no BatchNorm"
+    assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight"} <= imagenet
+    assert not any(key.startswith("auxiliary_head.features.6") for key in imagenet)
+
+
+@pytest.mark.parametrize("image_size", [4, 8, 16, 32, 44, 64])
+def test_the_auxiliary_head_speaks_in_training_only_at_any_size(image_size):
+    net = NetworkCIFAR(4, 7, 5, True, genotypes.ISTA_onestage, True)
+    x = torch.randn(3, 3, image_size, image_size)
+    logits, logits_aux = net(x)
+    assert logits.shape == logits_aux.shape == (3, 7)
+    assert net.eval()(x)[1] is None
+
+
+def test_the_auxiliary_head_pools_as_darts_does_at_32_pixels():
+    net = NetworkCIFAR(4, 7, 5, True, genotypes.ISTA_twostage)
+    x = torch.randn(2, 5, 8, 8)
+    darts = torch.nn.AvgPool2d(5, stride=3, padding=0, count_include_pad=False)
+    torch.testing.assert_close(net.auxiliary_head.features[1](x), darts(x))
+
+
+def test_imagenet_network_runs():
+    net = NetworkImageNet(8, 5, 4, True, genotypes.ISTA_ImageNet)
+    logits, logits_aux = net(torch.randn(2, 3, 224, 224))
+    assert logits.shape == logits_aux.shape == (2, 5)
+
+
+def test_a_network_is_built_again_from_its_config():
+    genotype = genotypes.draw(3)._replace(normal_concat=[3, 5])
+    net = NetworkCIFAR(6, 3, 4, True, genotype, one_stage=True)
+    again = from_config(net.config)
+    again.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(net.eval()(x)[0], again.eval()(x)[0])
+    shape = shape_of(net.state_dict())
+    assert shape == {key: net.config[key] for key in shape}
+
+
+def test_more_pairs_a_node_make_wider_cells():
+    text = str(genotypes.ISTA_twostage)
+    pair = "('avg_pool_3x3', 0), ('skip_connect', 1), ('avg_pool_3x3', 1)"
+    pairs = ", ".join([pair] * 4)
+    text = f"Genotype(normal=[{pairs}], normal_concat=[2, 3, 4, 5], reduce=[{pairs}], " + (
+        "reduce_concat=[5])"
+    )
+    net = NetworkCIFAR(4, 10, 3, False, genotypes.load(text)[0])
+    assert [len(cell._ops) for cell in net.cells] == [12] * 3
+    assert net(torch.randn(2, 3, 16, 16))[0].shape == (2, 10)
+
+
+# ------------------------------------------------------------------------------------------------
+# Drop-path
+# ------------------------------------------------------------------------------------------------
+
+
+def test_drop_path_drops_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.rand(4000, 2, 3, 3) + 0.5
+    y = drop_path(x, 0.25)
+    kept = (y != 0).flatten(1)
+    assert (kept.all(1) | ~kept.any(1)).all(), "a sample is dropped whole or not at all"
+    assert abs(kept[:, 0].float().mean().item() - 0.75) < 0.03
+    torch.testing.assert_close(y[kept[:, 0]], x[kept[:, 0]] / 0.75)
+
+
+def test_drop_path_spares_a_bare_identity_and_evaluation():
+    skips = genotypes.Genotype([("skip_connect", 0)] * 8, range(2, 6),
+                               [("skip_connect", 0)] * 8, range(2, 6))  # fmt: skip
+    x = torch.randn(64, 3, 8, 8)
+    for one_stage, spared in ((False, True), (True, False)):
+        net = NetworkCIFAR(4, 10, 6, False, skips, one_stage)
+        cell = net.cells[0]
+        s = net.stem(x)
+        from operations import State
+
+        whole, dropped = (cell(State(s), State(s), p).x for p in (0.0, 0.9))
+        assert torch.allclose(whole, dropped) == spared
+        net.eval().drop_path_prob = 0.9
+        logits = net(x)[0]
+        net.drop_path_prob = 0.0
+        assert torch.equal(net(x)[0], logits)
