@@ -392,7 +392,7 @@ def schedule(args, epoch, schedule_start):
         return f"search {epoch + 1}", args.learning_rate, 0.0
     done = epoch - schedule_start
     learning_rate = utils.cosine(done, args.epochs, args.learning_rate, args.learning_rate_min)
-    name = f"{done + 1}/{args.epochs}"
+    name = f"{'train ' if args.one_stage else ''}{done + 1}/{args.epochs}"
     return name, learning_rate, args.drop_path_prob * done / args.epochs
 
 
