@@ -11,6 +11,7 @@ memory, where a 1×1 convolution is a product of two matrices.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def separable(x, depthwise, pointwise, norm, w=None):
@@ -38,32 +39,35 @@ def separable(x, depthwise, pointwise, norm, w=None):
 
 
 class _Separable(torch.autograd.Function):
-    """What is between the layers is not kept but computed again, which is cheap."""
+    """What is between the layers is not kept but computed again, where that is cheap."""
 
     @staticmethod
     def forward(ctx, x, w_depth, w_point, scale, shift, norm, stride, dilation):
         y = _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
+        kept = y if len(w_point) > 32 else None  # the cost is in proportion to the channels
         y, mean, invstd = torch.native_batch_norm(
             y, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
         )
-        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd)
+        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, kept)
         ctx.eps, ctx.stride, ctx.dilation = norm.eps, stride, dilation
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
-        x, w_depth, w_point, scale, mean, invstd = ctx.saved_tensors
+        x, w_depth, w_point, scale, mean, invstd, y = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
         need_x, need_depth, need_point, *need_norm = ctx.needs_input_grad[:5]
-        between = _depthwise(x, w_depth, stride, dilation)
+        if need_point or y is None:
+            between = _depthwise(x, w_depth, stride, dilation)
+        if y is None:
+            y = _pointwise(between, w_point)
         g, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
-            g, _pointwise(between, w_point), scale, None, None, mean, invstd, True, ctx.eps,
-            (True, *need_norm),
-        )  # fmt: skip
+            g, y, scale, None, None, mean, invstd, True, ctx.eps, (True, *need_norm)
+        )
         g_x = g_depth = g_point = None
         if need_point:
             g_point = (_pixels(g).T @ _pixels(between)).view_as(w_point)
-        del between
         g = _pointwise(g, w_point.transpose(0, 1))
         if need_x:
             g_x = _depthwise_input_gradient(g, x, w_depth, stride, dilation)
@@ -160,14 +164,25 @@ def _depthwise_weight_gradient(g, x, weight, stride, dilation):
     padding = weight.shape[3] // 2
     if padding == 1:
         return _undilated_gradients(g, x, weight, stride, (1, 1), (False, True))[1]
-    # There is no kernel for 5 columns, but there is one for 3 and for 2.
+    # There is no kernel for 5 columns, but there are kernels for 3 and for 2.
     width = stride * (g.shape[3] - 1)
     parts = []
-    for first, part in zip((0, 3), weight.split(3, dim=3), strict=True):
-        left, right = first - padding, first + part.shape[3] + width - padding - x.shape[3]
-        window = _channels_last(F.pad(x, (-left, right)))
-        parts.append(_undilated_gradients(g, window, part, stride, (padding, 0), (False, True))[1])
+    for first, part in zip((-padding, 3 - padding), weight.split(3, dim=3), strict=True):
+        seen = _columns(x, first, first + width + part.shape[3])
+        parts.append(_undilated_gradients(g, seen, part, stride, (padding, 0), (False, True))[1])
     return torch.cat(parts, dim=3)
+
+
+def _columns(x, first, last):
+    """Columns `first` to `last` - 1 of x; 0 where it has none."""
+    width, left, right = last - first, max(-first, 0), max(last - x.shape[3], 0)
+    y = torch.empty(
+        (*x.shape[:3], width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    y[..., :left] = 0
+    y[..., left : width - right] = x[..., first + left : last - right]
+    y[..., width - right :] = 0
+    return y
 
 
 def _undilated_gradients(g, x, weight, stride, padding, wanted):

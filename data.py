@@ -167,7 +167,7 @@ class Batches:
     Raises
     ------
     DataError
-        When there is not a single batch.
+        When there is not a single batch, or not a whole one to train on.
     """
 
     def __init__(
@@ -179,6 +179,9 @@ class Batches:
         self.generator = generator
         self.options = {"cutout_length": cutout_length, "generator": generator}
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if train and batch_size > len(data) > 1:
+            raise DataError(f"--batch_size {batch_size} is larger than the {len(data)} images to "
+                            f"train on: give at most {len(data)}")  # fmt: skip
         if len(self) == 0:
             what = f"too few images to {'train' if train else 'evaluate'} on ({len(data)})"
             raise DataError(f"{what}: use a larger data set or another --train_portion")

@@ -171,13 +171,13 @@ class Cell(nn.Module):
         states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
         pairs = list(zip(self._ops, self.inputs, strict=True))
         for first in range(0, len(pairs), self.pairs_per_node):
-            total = 0
+            outputs = []
             for op, node in pairs[first : first + self.pairs_per_node]:
                 y = op(states[node])
                 if drop_prob > 0 and not op.is_identity:
                     y = drop_path(y, drop_prob)
-                total = total + y
-            states.append(State(total))
+                outputs.append(y)
+            states.append(State(sum(outputs[1:], outputs[0])))
         return State(None, [states[node] for node in self.concat])
 
 

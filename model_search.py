@@ -234,11 +234,12 @@ class Cell(nn.Module):
         states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
         first = 0  # edge into this node from node 0
         for node, node_weights in zip(support, weights, strict=True):
-            total = 0
-            for (edge, op), w in zip(node, node_weights, strict=True):
-                total = total + self._ops[first + edge](states[edge], op, w, drop_prob)
+            outputs = [
+                self._ops[first + edge](states[edge], op, w, drop_prob)
+                for (edge, op), w in zip(node, node_weights, strict=True)
+            ]
             first += len(states)
-            states.append(State(total))
+            states.append(State(sum(outputs[1:], outputs[0])))
         return State(None, states[2:])
 
 

@@ -143,9 +143,7 @@ class DilConv(Stack):
 
     def __init__(self, C, kernel_size, stride, affine=True):
         super().__init__(
-            nn.Conv2d(
-                C, C, kernel_size, stride, kernel_size - 1, dilation=2, groups=C, bias=False
-            ),
+            nn.Conv2d(C, C, kernel_size, stride, kernel_size - 1, dilation=2, groups=C, bias=False),
             nn.Conv2d(C, C, 1, bias=False),
             BatchNorm2d(C, affine=affine),
         )

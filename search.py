@@ -191,16 +191,14 @@ def main(args):
         weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
         arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
         utils.set_random_state(checkpoint["random"], generator)
-        run = utils.Run(args.save)
-        run.cut(epoch)
-        run.log(f"resumed {run.path} after epoch {epoch}, on {device}")
+        run = utils.Run.resume(args, checkpoint)
     else:
         epoch, schedule_start = 0, None if args.one_stage else 0
         first = net.recover(args.solver)  # says at once if the solver cannot be used
         run = utils.Run.create(args, "search")
-        run.log(f"new run in {run.path}, on {device}")
+        run.log(f"new run in {run.path}")
         report(run, args, [first])
-    for note in notes:
+    for note in [*notes, f"device: {device}"]:
         run.log(note)
     if device.type == "cpu" and args.dataset.startswith("cifar"):
         run.log(
@@ -262,6 +260,7 @@ def main(args):
             report(run, args, recoveries)
             if args.one_stage and schedule_start == epoch:
                 settle(run, net, weight_optimizer)
+                row["frozen"] = net.frozen
             run.log(f"genotype = {net.genotype()}")
             run.append("metrics.jsonl", row)
             run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
@@ -279,6 +278,7 @@ def main(args):
     # What came out, and what to do with it
     # --------------------------------------------------------------------------------------------
     save_genotype(run, args, net, row)
+    run.draw()
     run.log(f"the search is done: genotype = {net.genotype()}")
     if args.one_stage:
         plain = net.absorb()

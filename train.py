@@ -115,7 +115,7 @@ def main(args):
     parameters, multiply_adds = cost(net, args.image_size)
     notes.append(
         f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds "
-        f"an image, both without the auxiliary head; device {device}"
+        f"an image, both without the auxiliary head; device: {device}"
     )
 
     if args.evaluate:
@@ -141,9 +141,7 @@ def main(args):
         epoch, best = checkpoint["epoch"], checkpoint["best"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         utils.set_random_state(checkpoint["random"], generator)
-        run = utils.Run(args.save)
-        run.cut(epoch)
-        run.log(f"resumed {run.path} after epoch {epoch} of {args.epochs}")
+        run = utils.Run.resume(args, checkpoint)
     else:
         epoch, best = 0, 0.0
         run = utils.Run.create(args, "train")
@@ -203,6 +201,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     loss, accuracy = utils.evaluate(net, test_batches, args.amp)
     utils.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
+    run.draw()
     run.log(f"test accuracy {accuracy:.2f} % after the last epoch (network.pt), "
             f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
     run.log(f"genotype = {genotypes.from_lists(config['genotype'])}")

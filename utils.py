@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import arguments
 import data
 import ista
 import model
+import visualize
 
 
 class UserError(Exception):
@@ -372,6 +374,17 @@ class Run:
                 shutil.copy(script, run.file("scripts"))
         return run
 
+    @classmethod
+    def resume(cls, args, checkpoint):
+        """The folder of a run that goes on after a checkpoint; later rows are dropped from it."""
+        run, epoch, epochs = cls(args.save), checkpoint["epoch"], checkpoint["args"]["epochs"]
+        run.cut(epoch)
+        run.log(f"resumed {run.path} after epoch {epoch}")
+        if args.epochs != epochs:
+            run.log(f"--epochs is {args.epochs} now, and was {epochs}: from here on, learning rate "
+                    f"and drop-path follow the schedule of {args.epochs} epochs")  # fmt: skip
+        return run
+
     def file(self, name):
         return os.path.join(self.path, name)
 
@@ -426,6 +439,14 @@ class Run:
                         os.link(path, link)
                     except OSError:  # a file system without links
                         shutil.copyfile(path, link)
+
+    def draw(self):
+        """Draw the pictures of the run, and say where they are."""
+        try:
+            names = [os.path.basename(path) for path in visualize.draw_run(self.path)]
+            self.log(f"pictures in {self.path}: {', '.join(names)}")
+        except (ValueError, OSError) as error:
+            self.log(f"no pictures could be drawn: {error}")
 
     def how_to_resume(self):
         """What can be done with a run that ended early."""
@@ -489,7 +510,7 @@ def previous(path):
     return f"{stem}-previous{extension}"
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Read a file of torch.save, of which no code is run (weights_only).
 
     Raises
@@ -498,15 +519,24 @@ def load_checkpoint(path, device="cpu"):
         If it cannot be read, or is damaged; names an older checkpoint beside it that is whole.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return _load_whole(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception:  # zip, pickle and torch each have errors of their own for damage
         message = f"{path} is damaged, or not a file of network weights"
     with contextlib.suppress(Exception):
-        torch.load(previous(path), map_location="cpu", weights_only=True)
+        _load_whole(previous(path))
         message += f"; {previous(path)}, of the epoch before, is whole: copy it over this one"
     raise UserError(message)
+
+
+def _load_whole(path):
+    # torch.load does not look at the checksums that torch.save has written.
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_network(path, net, args, about):

@@ -1,6 +1,7 @@
 """Wrong uses of the scripts: one line on standard error, exit status 2, nothing written."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,17 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from scripts import ENVIRONMENT, ONE_STAGE, ROOT, TINY, TRAIN, TWO_STAGE, Process, run
+from scripts import (
+    ENVIRONMENT,
+    ONE_STAGE,
+    ROOT,
+    TINY,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same,
+    run,
+)
 
 import genotypes
 
@@ -161,6 +172,8 @@ LATE = [
     (digits("--device", "cuda"), "--device cuda"),
     (digits("--device", "abacus"), "--device abacus"),
     (digits("--solver", "mosek"), "licence"),
+    (digits("--batch_size", "720"), "--batch_size 720 is larger than the 719 images"),
+    (train("--arch", "ISTA_twostage", *TINY, "--batch_size", "1439"), "--batch_size 1439"),
     (digits("--batch_size", "1", "--train_portion", "0.0001"), "too few images"),
     (search("--dataset", "imagefolder", "--data", "nothing"), "train"),
     (search("--dataset", "imagefolder", "--data", "empty"), "no images"),
@@ -249,6 +262,27 @@ def test_help_names_every_flag_without_torch(tmp_path, prog):
     assert done.returncode == 0 and not done.stderr
     for flag in ("--data", "--resume", "--no-cutout", "--amp", "--grad_clip"):
         assert flag in done.stdout
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(place, tmp_path):
+    import utils
+
+    whole = (place / "search/checkpoint.pt").read_bytes()
+    state = utils.load_checkpoint(place / "search/checkpoint.pt")
+    rng = random.Random(0)
+    noticed = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        try:
+            loaded = utils.load_checkpoint(str(tmp_path / "checkpoint.pt"))
+        except utils.UserError as error:
+            assert "checkpoint.pt is damaged" in str(error) and "\n" not in str(error)
+            noticed += 1
+        else:  # a byte that says nothing: padding, dates
+            assert_same(loaded, state)
+    assert noticed > 20
 
 
 # ------------------------------------------------------------------------------------------------

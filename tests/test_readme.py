@@ -4,10 +4,10 @@ import re
 import shlex
 
 import pytest
+from scripts import ROOT
 
 import search
 import train
-from scripts import ROOT
 
 README = (ROOT / "README.md").read_text()
 PARSERS = {"search.py": search.get_args_parser(), "train.py": train.get_args_parser()}
@@ -52,7 +52,8 @@ def test_no_flag_means_the_published_search(script, column):
     args = search.get_args_parser().parse_args(script, published=search.published)
     common = dict(momentum=0.9, weight_decay=3e-4, arch_weight_decay=1e-3, grad_clip=5,
                   proj_dims=7, sparseness=2, lam=1e-5, solver="homotopy", train_portion=0.5,
-                  recover_every="epoch", dataset="cifar10", data="data", cutout_length=16)  # fmt: skip
+                  recover_every="epoch", dataset="cifar10", data="data",
+                  cutout_length=16)  # fmt: skip
     assert {**vars(args), **common, **column} == vars(args)
 
 

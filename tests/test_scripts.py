@@ -42,7 +42,8 @@ def one_stage(tmp_path_factory):
 def test_a_search_leaves_what_its_folder_should_hold(searched):
     folder, stdout = searched
     path = folder / "two"
-    for name in ("config.json", "log.txt", "checkpoint.pt", "scripts/search.py"):
+    for name in ("config.json", "log.txt", "checkpoint.pt", "scripts/search.py", "cells.png",
+                 "search.png", "curves.png"):  # fmt: skip
         assert (path / name).exists(), name
     assert (path / "log.txt").read_text() == stdout
     config = json.loads((path / "config.json").read_text())
@@ -159,7 +160,8 @@ def test_candidates_that_are_too_large_are_rejected(tmp_path):
     flags = [*ONE_STAGE, "--epochs", 1, "--max_params", 1e-6, "--max_search_epochs", 2]
     done = run(*flags, "--freeze_tol", 100, "--save", "one", cwd=tmp_path)
     metrics = rows(tmp_path / "one/metrics.jsonl")
-    assert all(row["rejected"] and not any(row["frozen"]) for row in metrics[:2])
+    assert all(row["rejected"] and row["changed"] == 0 for row in metrics[:2])
+    assert not any(metrics[0]["frozen"]), "what is rejected freezes nothing"
     assert "rejected" in done.stdout
     found = rows(tmp_path / "one/genotypes.jsonl")
     assert found[0]["normal"] == found[-1]["normal"]
@@ -175,6 +177,7 @@ def test_a_search_goes_on_with_more_epochs(searched, tmp_path):
     run(*TWO_STAGE, "--epochs", 2, "--save", "r", cwd=tmp_path)
     done = run("search.py", "--resume", "r", "--epochs", 4, cwd=tmp_path)
     assert "resumed r after epoch 2" in done.stdout
+    assert "the schedule of 4 epochs" in done.stdout
     metrics = rows(tmp_path / "r/metrics.jsonl")
     assert [row["epoch"] for row in metrics] == [1, 2, 3, 4]
     # From here on, the schedule is that of 4 epochs.
@@ -264,3 +267,19 @@ def test_a_genotype_text_and_a_random_cell_can_be_trained(tmp_path):
         done = run("train.py", *flags, "--one_stage", cwd=tmp_path)
         path = Path(tmp_path, re.search(r"new run in (\S+)", done.stdout)[1])
         assert genotypes.load(path / "genotype.json") == (genotypes.load(arch)[0], True)
+
+
+def test_a_one_stage_search_freezes_all_nodes_by_itself_and_learns(tmp_path):
+    flags = [*TINY, "--init_channels", 6, "--batch_size", 32, "--arch_learning_rate", 0.02,
+             "--learning_rate", 0.05, "--freeze_tol", 0.1, "--no-cutout", "--drop_path_prob", 0,
+             "--epochs", 6]  # fmt: skip
+    done = run("search.py", "--one_stage", *flags, "--save", "one", cwd=tmp_path)
+    searching = [row for row in rows(tmp_path / "one/metrics.jsonl") if "frozen" in row]
+    assert "warning" not in done.stdout and len(searching) < 100
+    assert all(searching[-1]["frozen"]) and not all(searching[0]["frozen"])
+    before, after = re.search(
+        r"test accuracy (\S+) % in the supernet, (\S+) % after absorption", done.stdout
+    ).groups()
+    assert before == after and float(after) > 60  # chance is 10
+    measured = run("train.py", "--evaluate", "--weights", "one/network.pt", cwd=tmp_path).stdout
+    assert f"test accuracy {after} %" in measured

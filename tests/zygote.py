@@ -15,6 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch._dynamo  # noqa: F401  which optimizers import when they are made
 import torch.utils.flop_counter  # noqa: F401
