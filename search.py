@@ -114,6 +114,7 @@ if __name__ == "__main__":  # before torch is imported, so that a typing error i
     parser = get_args_parser()
     args = parser.parse_args(published=published, check=check)
 
+import shlex  # noqa: E402
 import time  # noqa: E402
 
 import torch  # noqa: E402
@@ -250,12 +251,13 @@ def main(args):
             row["seconds"] = time.time() - began
             row["peak_memory_gib"] = utils.peak_memory(device)
             last_epoch = args.epochs + (epoch if schedule_start is None else schedule_start)
+            at_least = "> " if schedule_start is None else ""
             run.log(utils.table_row(columns, [
                 name, f"{learning_rate:.4f}",
                 f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
                 f"{loss:.3f}", f"{accuracy:.2f} %", f"{row['changed']} of {8 * args.sparseness}",
                 utils.duration(row["seconds"]),
-                utils.duration(row["seconds"] * (last_epoch - epoch)),
+                at_least + utils.duration(row["seconds"] * (last_epoch - epoch)),
             ]))  # fmt: skip
             report(run, args, recoveries)
             if args.one_stage and schedule_start == epoch:
@@ -288,12 +290,13 @@ def main(args):
         about = dict(epoch=epoch, test_accuracy=after)
         utils.save_network(run.file("network.pt"), plain, args, about)
         run.log("the trained network is in network.pt; to measure it, and to train it further:")
-        run.log(f"    python train.py --evaluate --weights {run.file('network.pt')}")
-        run.log(f"    python train.py --weights {run.file('network.pt')}{utils.data_flags(args)}")
+        weights = shlex.quote(run.file("network.pt"))
+        run.log(f"    python train.py --evaluate --weights {weights}")
+        run.log(f"    python train.py --weights {weights}")
     else:
         run.log("to train it from scratch:")
-        genotype_file = run.file("genotype.json")
-        run.log(f"    python train.py --arch {genotype_file}{utils.data_flags(args)}")
+        arch = shlex.quote(run.file("genotype.json"))
+        run.log(f"    python train.py --arch {arch}{utils.data_flags(args)}")
 
 
 # ------------------------------------------------------------------------------------------------

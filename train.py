@@ -89,7 +89,7 @@ def main(args):
         checkpoint, args = utils.resume(args, "train")
         source = checkpoint
     elif args.weights:
-        source = utils.read_weights(args.weights)
+        source = read_weights(args.weights)
         for name in ("dataset", "data", "image_size"):  # unless told otherwise, the same data
             if name not in args.typed:
                 setattr(args, name, source["args"].get(name, getattr(args, name)))
@@ -109,7 +109,7 @@ def main(args):
         )
     net = model.from_config(config)
     if source:
-        utils.load_weights(net, source["model"], args.weights or args.resume)
+        load_weights(net, source["model"], args.weights or args.resume)
     net = net.to(device, memory_format=torch.channels_last)
     test_batches = data.Batches(test, args.batch_size, train=False, channels_last=True)
     parameters, multiply_adds = cost(net, args.image_size)
@@ -252,7 +252,7 @@ def network_config(args, source):
     args : argparse.Namespace
         Its init_channels, layers and auxiliary are set to those of the network.
     source : dict or None
-        What `utils.resume` or `utils.read_weights` found.
+        What `utils.resume` or `read_weights` found.
 
     Returns
     -------
@@ -289,6 +289,68 @@ def network_config(args, source):
             config[flag] = getattr(args, flag)
     args.auxiliary = config.setdefault("auxiliary", args.auxiliary)
     return {"imagenet": False, **config}
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights from files
+# ------------------------------------------------------------------------------------------------
+
+
+def read_weights(path):
+    """Read network weights from a network.pt, a checkpoint.pt or a plain state dict.
+
+    Returns
+    -------
+    dict
+        `model`: the state dict; `network`: what `model.from_config` needs, without genotype where
+        the file does not know it; `args`: arguments of the run, or none.
+
+    Raises
+    ------
+    utils.UserError
+        If the file is damaged or holds something else.
+    """
+    state = utils.load_checkpoint(path)
+    if not isinstance(state, dict):
+        raise utils.UserError(f"{path} holds no network weights")
+    if state.get("kind") == "search":
+        raise utils.UserError(
+            f"{path} is the checkpoint of a search, whose supernet is not for evaluation: give "
+            "the network.pt of a finished one-stage search, or train its genotype.json"
+        )
+    if "network" in state and "model" in state:
+        return state
+    weights = {
+        name.removeprefix("module."): value  # the name DataParallel gives it
+        for name, value in state.get("state_dict", state).items()
+    }
+    try:
+        return {"model": weights, "network": model.shape_of(weights), "args": {}}
+    except (KeyError, AttributeError, IndexError, ValueError):
+        raise utils.UserError(f"{path} holds no weights of a DARTS network") from None
+
+
+def load_weights(net, weights, path):
+    """Load a state dict into a network; an auxiliary head that only one of them has is left out.
+
+    Raises
+    ------
+    utils.UserError
+        If the weights are those of another network.
+    """
+    if not net.auxiliary:
+        weights = {k: v for k, v in weights.items() if not k.startswith("auxiliary_head.")}
+    try:
+        missing, unexpected = net.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes that differ
+        missing, unexpected = [], [" ".join(str(error).splitlines()[1:2]).strip()]
+    missing = [k for k in missing if not k.startswith("auxiliary_head.")]
+    if missing or unexpected:
+        what = f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}"
+        raise utils.UserError(
+            f"{path} does not fit the network: {what}; give the --arch that it was trained with, "
+            "and --one_stage or --no-one_stage"
+        )
 
 
 if __name__ == "__main__":

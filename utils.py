@@ -22,7 +22,6 @@ from tqdm import tqdm
 import arguments
 import data
 import ista
-import model
 import visualize
 
 
@@ -452,8 +451,8 @@ class Run:
         """What can be done with a run that ended early."""
         if not os.path.exists(self.file("checkpoint.pt")):
             return "no epoch was finished, so there is no checkpoint yet"
-        script = os.path.basename(sys.argv[0])
-        return f"go on from the last checkpoint with: python {script} --resume {self.path}"
+        script, path = os.path.basename(sys.argv[0]), shlex.quote(self.path)
+        return f"go on from the last checkpoint with: python {script} --resume {path}"
 
 
 def _make_folder(path, args):
@@ -554,63 +553,6 @@ def save_network(path, net, args, about):
     state = {"network": net.config, "model": net.state_dict(), "args": plain(args), "about": about}
     with replacing(path) as partial:
         torch.save(state, partial)
-
-
-def read_weights(path):
-    """Read network weights from a network.pt, a checkpoint.pt or a plain state dict.
-
-    Returns
-    -------
-    dict
-        `model`: the state dict; `network`: what `model.from_config` needs, without genotype where
-        the file does not know it; `args`: arguments of the run, or none.
-
-    Raises
-    ------
-    UserError
-        If the file is damaged or holds something else.
-    """
-    state = load_checkpoint(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no network weights")
-    if state.get("kind") == "search":
-        raise UserError(
-            f"{path} is the checkpoint of a search, whose supernet is not for evaluation: give "
-            "the network.pt of a finished one-stage search, or train its genotype.json"
-        )
-    if "network" in state and "model" in state:
-        return state
-    weights = {
-        name.removeprefix("module."): value  # the name DataParallel gives it
-        for name, value in state.get("state_dict", state).items()
-    }
-    try:
-        return {"model": weights, "network": model.shape_of(weights), "args": {}}
-    except (KeyError, AttributeError, IndexError, ValueError):
-        raise UserError(f"{path} holds no weights of a DARTS network") from None
-
-
-def load_weights(net, weights, path):
-    """Load a state dict into a network; an auxiliary head that only one of them has is left out.
-
-    Raises
-    ------
-    UserError
-        If the weights are those of another network.
-    """
-    if not net.auxiliary:
-        weights = {k: v for k, v in weights.items() if not k.startswith("auxiliary_head.")}
-    try:
-        missing, unexpected = net.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # shapes that differ
-        missing, unexpected = [], [" ".join(str(error).splitlines()[1:2]).strip()]
-    missing = [k for k in missing if not k.startswith("auxiliary_head.")]
-    if missing or unexpected:
-        what = f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}"
-        raise UserError(
-            f"{path} does not fit the network: {what}; give the --arch that it was trained with, "
-            "and --one_stage or --no-one_stage"
-        )
 
 
 # What may be given anew when a run is resumed.

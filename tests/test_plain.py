@@ -110,17 +110,17 @@ def compare(net, x, y, fixed=()):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("affine, norm_skips", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("size", [10, 7])
+@pytest.mark.parametrize("size, C", [(10, 6), (7, 36)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("primitive", PRIMITIVES)
-def test_operations(primitive, stride, size, affine, norm_skips, dtype):
+def test_operations(primitive, stride, size, C, affine, norm_skips, dtype):
     if primitive == "skip_connect" and stride == 2 and size % 2:
         pytest.skip("FactorizedReduce halves even sizes only")
     norms = dict(affine=affine, norm_pools=not affine or norm_skips, norm_skips=norm_skips)
-    op = build(primitive, 6, stride, **norms).to(dtype, memory_format=torch.channels_last)
+    op = build(primitive, C, stride, **norms).to(dtype, memory_format=torch.channels_last)
     shuffle(op)
     slow = copy.deepcopy(op).to(memory_format=torch.contiguous_format)
-    x = torch.randn(3, 6, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(3, C, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
     for training, w in itertools.product((True, False), (None, 0.7, -1.3)):
         op.train(training), slow.train(training)
         x_fast, x_plain = x.clone().requires_grad_(), x.contiguous().requires_grad_()
@@ -218,6 +218,8 @@ def test_two_stage(seed):
     assert compare(net, x, y, fixed=net.weight_parameters()) == 8  # the step on b
     assert compare(net, x, y, fixed=net.arch_parameters()) > 20  # the step on the weights
     compare(net.eval(), x, y)
+    net.train().drop_path_prob = 0.5
+    compare(net, x, y)
 
 
 def test_two_stage_float32():
