@@ -16,6 +16,7 @@ fixed. The end is a trained network, which `train.py --evaluate --weights RUN/ne
 """
 
 import arguments
+import genotypes
 
 # The published settings, a column each.
 TWO_STAGE = dict(
@@ -28,6 +29,9 @@ ONE_STAGE = dict(
     learning_rate=0.025, learning_rate_min=0.001, weight_decay=3e-4, arch_learning_rate=3e-4,
     auxiliary=True, cutout=True, drop_path_prob=0.2,
 )  # fmt: skip
+
+
+RESTLESS = 20  # epochs in a row with a change of support, from which on it is worth a warning
 
 
 def get_args_parser():
@@ -100,8 +104,9 @@ def published(typed):
 def check(args):
     """Raise ValueError on flags that cannot be right, before anything is loaded."""
     arguments.check_shared(args)
-    if args.sparseness > 14:
-        raise ValueError(f"--sparseness {args.sparseness}: the first node has only 14 pairs")
+    pairs = 2 * len(genotypes.PRIMITIVES)
+    if args.sparseness > pairs:
+        raise ValueError(f"--sparseness {args.sparseness}: the first node has only {pairs} pairs")
     if args.one_stage and args.recover_every != "epoch":
         raise ValueError("--recover_every: one-stage search compares the codes of whole epochs")
     if not args.one_stage and args.auxiliary:
@@ -122,7 +127,6 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
 
 import data  # noqa: E402
-import genotypes  # noqa: E402
 import utils  # noqa: E402
 from model_search import Network  # noqa: E402
 
@@ -220,7 +224,10 @@ def main(args):
         epoch += 1
         row = dict(epoch=epoch, learning_rate=learning_rate, drop_path_prob=net.drop_path_prob)
 
-        with utils.Epoch(run, name, train_batches, learning_rate, args.report_freq) as progress:
+        last_epoch = args.epochs + (epoch if schedule_start is None else schedule_start)
+        with utils.Epoch(
+            run, name, train_batches, learning_rate, args.report_freq, last_epoch - epoch
+        ) as progress:
             net.train()
             if args.one_stage:
                 recoveries = []
@@ -250,7 +257,6 @@ def main(args):
             # Log and checkpoint
             row["seconds"] = time.time() - began
             row["peak_memory_gib"] = utils.peak_memory(device)
-            last_epoch = args.epochs + (epoch if schedule_start is None else schedule_start)
             at_least = "> " if schedule_start is None else ""
             run.log(utils.table_row(columns, [
                 name, f"{learning_rate:.4f}",
@@ -260,12 +266,14 @@ def main(args):
                 at_least + utils.duration(row["seconds"] * (last_epoch - epoch)),
             ]))  # fmt: skip
             report(run, args, recoveries)
+            watch(run, net.genotype(), recoveries)
             if args.one_stage and schedule_start == epoch:
                 settle(run, net, weight_optimizer)
                 row["frozen"] = net.frozen
             run.log(f"genotype = {net.genotype()}")
             run.append("metrics.jsonl", row)
             run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
+            run.show(row, net.genotype())
             save_genotype(run, args, net, row)
             run.save_checkpoint({
                 "kind": "search", "version": arguments.__version__, "args": utils.plain(args),
@@ -432,6 +440,19 @@ def report(run, args, recoveries):
         normal, reduction = " ".join(nodes[:4]), " ".join(nodes[4:])
         run.log(f"    searching {last.frozen.count(False)} of 8 nodes; codes moved by {normal} "
                 f"(normal), {reduction} (reduction); {size}")  # fmt: skip
+
+
+def watch(run, genotype, recoveries):
+    """Warn of what has spoilt searches before: skips that take over, codes that find no rest."""
+    for cell in ("normal", "reduce"):
+        pairs = getattr(genotype, cell)
+        skips = sum(operation == "skip_connect" for operation, _ in pairs)
+        if 2 * skips >= len(pairs):
+            run.warn_once(f"{skips} of {len(pairs)} pairs of the {cell} cell are skip_connect")
+    run.restless = run.restless + 1 if any(r.changed for r in recoveries) else 0
+    if run.restless >= RESTLESS:
+        run.warn_once(f"some pair has changed in each of the last {RESTLESS} epochs; a smaller "
+                      "--arch_learning_rate or more epochs may bring it to rest")  # fmt: skip
 
 
 def save_genotype(run, args, net, row):

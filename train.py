@@ -168,7 +168,9 @@ def main(args):
         row = dict(epoch=epoch, learning_rate=learning_rate, drop_path_prob=net.drop_path_prob)
         name = f"{epoch}/{args.epochs}"
 
-        with utils.Epoch(run, name, train_batches, learning_rate, args.report_freq) as progress:
+        with utils.Epoch(
+            run, name, train_batches, learning_rate, args.report_freq, args.epochs - epoch
+        ) as progress:
             meter = train_epoch(net, train_batches, optimizer, args, progress)
             row["train_loss"], row["train_accuracy"] = meter.read()
             loss, accuracy = utils.evaluate(net, test_batches, args.amp)
@@ -187,6 +189,7 @@ def main(args):
                 utils.duration(row["seconds"] * (args.epochs - epoch)),
             ]))  # fmt: skip
             run.append("metrics.jsonl", row)
+            run.show(row)
             if is_best:
                 utils.save_network(run.file("network-best.pt"), net, args, row)
             run.save_checkpoint({

@@ -23,6 +23,7 @@ import arguments
 import data
 import ista
 import visualize
+from genotypes import PRIMITIVES
 
 
 class UserError(Exception):
@@ -207,6 +208,9 @@ class Diverged(Exception):
     """A loss was not finite."""
 
 
+BAR = "{desc} {percentage:3.0f} %|{bar:20}| {n_fmt}/{total_fmt} steps{postfix}"
+
+
 class Epoch:
     """An epoch in progress: a bar on a terminal, else a line every `report_freq` steps.
 
@@ -223,17 +227,19 @@ class Epoch:
     learning_rate : float
         For the message of a run that diverges.
     report_freq : int
+    epochs_left : int
+        Epochs of the run after this one.
     """
 
-    def __init__(self, run, name, batches, learning_rate, report_freq):
+    def __init__(self, run, name, batches, learning_rate, report_freq, epochs_left):
         self.run, self.label, self.learning_rate = run, f"epoch {name}", learning_rate
         self.total, self.report_freq = len(batches), report_freq
-        self.images_per_step = batches.batch_size
+        self.images_per_step, self.epochs_left = batches.batch_size, epochs_left
         self.steps = 0
         self.began = time.time()
         self.bar = tqdm(
             total=self.total, desc=self.label, leave=False, file=sys.stdout,
-            disable=not sys.stdout.isatty(), dynamic_ncols=True,
+            disable=not sys.stdout.isatty(), dynamic_ncols=True, bar_format=BAR,
         )  # fmt: skip
 
     def __enter__(self):
@@ -259,16 +265,16 @@ class Epoch:
         self.bar.update()
         if self.steps % self.report_freq == 0 and self.steps < self.total:
             loss, accuracy = meter.read()
-            rate = self.steps / (time.time() - self.began)
-            report = f"loss {loss:.3f}  accuracy {accuracy:.2f} %  " + (
-                f"{rate * self.images_per_step:.0f} images/s"
+            pace = (time.time() - self.began) / self.steps
+            left = pace * (self.total - self.steps)
+            report = (
+                f"loss {loss:.3f}, accuracy {accuracy:.2f} %, "
+                f"{self.images_per_step / pace:.0f} images/s, {duration(left)} left, of the run "
+                f"{duration(left + pace * self.total * self.epochs_left)}"
             )
             self.bar.set_postfix_str(report)
             if self.bar.disable:
-                left = duration((self.total - self.steps) / rate)
-                self.run.log(
-                    f"    {self.label}, step {self.steps}/{self.total}: {report}, {left} left"
-                )
+                self.run.log(f"    {self.label}, step {self.steps}/{self.total}: {report}")
         if self.steps == self.total:
             self.bar.close()
         signals.check()
@@ -349,6 +355,8 @@ class Run:
     def __init__(self, path):
         self.path = path
         self.warnings = set()
+        self.board = None
+        self.restless = 0  # epochs in a row in which a search has changed its architecture
 
     @classmethod
     def create(cls, args, prefix):
@@ -393,6 +401,28 @@ class Run:
         sys.stdout.flush()
         with writing(self.file("log.txt")), open(self.file("log.txt"), "a") as file:
             file.write(f"{text}\n")
+
+    def show(self, row, genotype=None):
+        """Write the numbers of an epoch, and its cells, as TensorBoard events."""
+        if self.board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self.warn_once("tensorboard is not installed, so no events are written for it")
+                return
+            # Events of a run that was stopped, from this epoch on, are not shown.
+            self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(key, value, row["epoch"])
+        if genotype is not None:
+            for operation in PRIMITIVES:
+                count = sum(op == operation for op, _ in genotype.normal + genotype.reduce)
+                self.board.add_scalar(f"pairs/{operation}", count, row["epoch"])
+            if row["changed"] or row["epoch"] == 1:
+                figure = visualize.cells_figure(genotype)
+                self.board.add_figure("cells", figure, row["epoch"])
+        self.board.flush()
 
     def append(self, name, row):
         """Append a row to a file of one JSON object a line."""

@@ -20,6 +20,7 @@ import matplotlib.figure  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch._dynamo  # noqa: F401  which optimizers import when they are made
 import torch.utils.flop_counter  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 import torchvision.datasets  # noqa: F401
 
 
