@@ -106,6 +106,12 @@ class Stack(Operation):
     def norm(self):
         return self.op[-1]
 
+    def body(self, state):
+        x = state.relu
+        for layer in list(self.op)[1:-1]:
+            x = layer(x)
+        return x
+
 
 class ReLUConvBN(Stack):
     def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
@@ -115,7 +121,10 @@ class ReLUConvBN(Stack):
         )
 
     def body(self, state):
-        return pointwise([part.relu for part in state.parts], self.op[1].weight)
+        conv = self.op[1]
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+            return pointwise([part.relu for part in state.parts], conv.weight)
+        return super().body(state)
 
 
 class SepConv(Stack):

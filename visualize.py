@@ -40,6 +40,8 @@ OPERATIONS = {
     "dil_conv_3x3": ("dil 3×3", "#68C296", (0, (4, 1.5)), 1.2),
     "dil_conv_5x5": ("dil 5×5", "#00735C", (0, (3, 1)), 2.0),
 }
+for _name in genotypes.PRIMITIVES:  # one that somebody has added
+    OPERATIONS.setdefault(_name, (_name.replace("_", " "), "#7A5195", "solid", 1.2))
 NAMES = ("$c_{k-2}$", "$c_{k-1}$", "0", "1", "2", "3", "$c_k$")  # of nodes; the last is the output
 CELLS = {"normal": "normal cell", "reduce": "reduction cell"}
 

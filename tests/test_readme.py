@@ -1,22 +1,28 @@
 """The README stays true: its commands parse, its flags exist, and none is missing."""
 
+import json
 import re
 import shlex
+import shutil
 
 import pytest
-from scripts import ROOT
+import torch
+from scripts import ROOT, TINY, TWO_STAGE, run
 
 import search
 import train
+import visualize
 
 README = (ROOT / "README.md").read_text()
-PARSERS = {"search.py": search.get_args_parser(), "train.py": train.get_args_parser()}
+PARSERS = {
+    f"{script.__name__}.py": script.get_args_parser() for script in (search, train, visualize)
+}
 
 
 def commands():
     text = README.replace("\\\n", " ")
     for line in text.splitlines():
-        found = re.match(r"(?:\+ |    )\S*python (search|train)\.py(.*)", line)
+        found = re.match(r"(?:\+ |    )\S*python (search|train|visualize)\.py(.*)", line)
         if found:
             yield f"{found[1]}.py", shlex.split(found[2], comments=True)
 
@@ -28,7 +34,7 @@ def test_commands_parse():
         PARSERS[script].parse_args(flags)
 
 
-@pytest.mark.parametrize("script", PARSERS)
+@pytest.mark.parametrize("script", ["search.py", "train.py"])
 def test_every_flag_is_explained(script):
     explained = set(re.findall(r"`(--\w+)`", README))
     flags = {a.option_strings[0] for a in PARSERS[script]._actions} - {"-h"}
@@ -66,3 +72,37 @@ def test_no_flag_means_the_published_retraining():
                   grad_clip=5, auxiliary=True, auxiliary_weight=0.4, drop_path_prob=0.2,
                   cutout=True, cutout_length=16)  # fmt: skip
     assert {**vars(args), **recipe} == vars(args)
+
+
+# ------------------------------------------------------------------------------------------------
+# "Editing it"
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_operation_can_be_added_as_the_readme_says(tmp_path):
+    section = README.split("## Editing it")[1].split("## MOSEK")[0]
+    name, case = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for file, at, text in (
+        ("genotypes.py", "]\n\nNODES", name), ("operations.py", "    raise KeyError(prim", case)
+    ):  # fmt: skip
+        source = (tmp_path / file).read_text()
+        assert source.count(at) == 1
+        (tmp_path / file).write_text(source.replace(at, text + at))
+    flags = [*TINY, "--batch_size", 480, "--epochs", 1]
+    run(tmp_path / "search.py", *flags, "--sparseness", 16, "--save", "s", cwd=tmp_path)
+    found = json.loads((tmp_path / "s/genotype.json").read_text())
+    # Node 0 has 8 operations on 2 edges, and keeps all 16.
+    assert ["conv_3x3", 0] in found["normal"] and (tmp_path / "s/cells.png").exists()
+    arch = ["--arch", "s/genotype.json"]
+    run(tmp_path / "train.py", *flags, *arch, "--save", "t", cwd=tmp_path)
+
+
+def test_another_number_of_pairs_and_another_solver(tmp_path):
+    flags = ["--sparseness", 3, "--solver", "fista", "--lam", 1e-3, "--epochs", 1, "--save", "s"]
+    run(*TWO_STAGE, *flags, cwd=tmp_path)
+    arch = ["--arch", "s/genotype.json", "--epochs", 1, "--save", "t"]
+    run("train.py", *TINY, "--batch_size", 480, *arch, cwd=tmp_path)
+    state = torch.load(tmp_path / "t/network.pt", weights_only=True)
+    assert len(state["network"]["genotype"]["normal"]) == 12
