@@ -228,7 +228,7 @@ class Table:
     widths = (70, 12, 19, 8, 8)
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.section = [], ""
         self._print(self.columns)
 
     def _print(self, cells):
@@ -237,6 +237,7 @@ class Table:
         print("  ".join(texts).rstrip(), flush=True)
 
     def title(self, text):
+        self.section = text
         print(f"\n{text}")
 
     def add(self, name, values, unit="", must=None, goal=None, at_least=False, digits=3):
@@ -251,10 +252,12 @@ class Table:
         """
         values = np.atleast_1d(np.asarray(values, float))
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        row = dict(name=name, median=median, unit=unit, repetitions=len(values), must=must,
-                   goal=goal)  # fmt: skip
+        row = dict(
+            section=self.section, name=name, median=float(median), unit=unit,
+            repetitions=len(values), must=must, goal=goal,
+        )  # fmt: skip
         if len(values) > 1:
-            row.update(lower_quartile=low, upper_quartile=high)
+            row.update(lower_quartile=float(low), upper_quartile=float(high))
         limits = []
         for limit in (must, goal):
             met = limit is not None and (median >= limit if at_least else median <= limit)
