@@ -43,24 +43,25 @@ class _Separable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_depth, w_point, scale, shift, norm, stride, dilation):
-        y = _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
-        kept = y if len(w_point) > 32 else None  # the cost is in proportion to the channels
+        between = _depthwise(x, w_depth, stride, dilation)
+        y = _pointwise(between, w_point)
+        # Few channels: much memory, and little to compute.
+        kept = (None, None) if len(w_point) <= 32 else (between, y)
         y, mean, invstd = torch.native_batch_norm(
             y, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
         )
-        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, kept)
+        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, *kept)
         ctx.eps, ctx.stride, ctx.dilation = norm.eps, stride, dilation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w_depth, w_point, scale, mean, invstd, y = ctx.saved_tensors
+        x, w_depth, w_point, scale, mean, invstd, between, y = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
         need_x, need_depth, need_point, *need_norm = ctx.needs_input_grad[:5]
-        if need_point or y is None:
-            between = _depthwise(x, w_depth, stride, dilation)
         if y is None:
+            between = _depthwise(x, w_depth, stride, dilation)
             y = _pointwise(between, w_point)
         g, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
             g, y, scale, None, None, mean, invstd, True, ctx.eps, (True, *need_norm)
