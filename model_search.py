@@ -160,7 +160,7 @@ class SparseCode(nn.Module):
         """
         weights = []
         for A, b, z, S in zip(self.A, self.b, self.z, self.S, strict=True):
-            A_S, z_S = A[:, S], z[S]
+            A_S, z_S = A[:, S].double(), z[S].double()  # also where the network was cast
             weights.append(A_S.T @ b.double() - (A_S.T @ (A_S @ z_S) - z_S))
         return torch.stack(weights)
 

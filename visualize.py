@@ -68,7 +68,7 @@ def _figure(width, height, **kwargs):
 
 def _epoch_axis(axes, until):
     axes.set(xlim=(0.5, until + 0.5), xlabel="epoch")
-    axes.locator_params("x", integer=True, nbins=6, min_n_ticks=1)
+    axes.locator_params("x", integer=True, nbins=5, min_n_ticks=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,18 +173,16 @@ def _draw_cell(axes, pairs, concat, others, gap):
             far = {k: middle[wires[k][0]] if side or k >= len(pairs) else ends[1][k] for k in there}
             for i, k in enumerate(sorted(there, key=far.get)):
                 ends[side][k] = middle[node] + (i - (len(there) - 1) / 2) * size[node] / len(there)
+    # They run straight and swing (Path's codes: 1 start, 2 line, 4 curve) in the gap behind their
+    # source, those to the output in the last gap.
     for k, (source, target) in reversed(list(enumerate(wires))):
         x = left[layer[source]] + (INNER if source > 1 else OUTER)
         y, to_y = ends[0][k], ends[1][k]
-        points = [(x, y), (x + gap, to_y), (left[layer[target]], to_y)]
+        to_x, bend = left[layer[target]], 0.55 * gap
         _, colour, _, dash, thick = CONCAT if target == OUTPUT else OPERATIONS[pairs[k][0]]
-        if target == OUTPUT:
-            points[1] = (points[2][0] - gap, y)
-        vertices = points[:1]
-        for (x, y), (to_x, to_y) in pairwise(points):
-            bend = 0.55 * (to_x - x)
-            vertices += [(x + bend, y), (to_x - bend, to_y), (to_x, to_y)]
-        path = Path(vertices, [Path.MOVETO] + [Path.CURVE4] * 6)
+        swing = to_x - gap if target == OUTPUT else x  # where it leaves its first height
+        path = Path([(x, y), (swing, y), (swing + bend, y), (swing + gap - bend, to_y),
+                     (swing + gap, to_y), (to_x, to_y)], [1, 2, 4, 4, 4, 2])
         # The white below each curve shows at a crossing which one runs over the other.
         for ink, style, wide in (("white", "-", thick + 1.6), (colour, dash, thick)):
             axes.add_patch(PathPatch(path, fill=False, edgecolor=ink, linestyle=style,
@@ -268,16 +266,11 @@ def read_run(path):
 def _rows(path):
     """Rows of a .jsonl file by epoch; the last line may still be on its way to the disk."""
     rows = {}
-    try:
-        with open(path, errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = json.loads(line)
-                    rows[int(row["epoch"])] = row
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    with open(path if os.path.exists(path) else os.devnull, errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                rows[int(row["epoch"])] = row
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -329,8 +322,8 @@ def search_figure(run):
     for axes, (draw, cell, _) in zip(column, panels, strict=True):
         draw(axes, run, until, cell)
         if run.end is not None:
-            axes.axvline(run.end + 0.5, label="search ends" if axes is column[0] else None, **END)
-        if axes.get_legend_handles_labels()[0]:
+            axes.axvline(run.end + 0.5, label="search ends", **END)
+        if cell != "reduce":
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6, labelspacing=0.2)
     _epoch_axis(axes, until)
     changes = [b.epoch for a, b in pairwise(run.history) if a.genotype != b.genotype]
@@ -384,32 +377,29 @@ def _draw_choices(axes, run, until, cell):
     for node in freezes.keys() & range(NODES):
         axes.vlines(freezes[node] + 0.5, tops[node, 0], tops[node, node + 1] + 1, color="black",
                     linewidth=1.6)
-    if cell == "normal":
-        for name, colour, *_ in OPERATIONS.values():
-            axes.bar(math.nan, 0, color=colour, label=name)
-        if run.one_stage:
-            axes.plot([], [], "k|", markersize=7, markeredgewidth=1.6, label="node freezes")
+    for name, colour, *_ in OPERATIONS.values():
+        axes.bar(math.nan, 0, color=colour, label=name)
+    if run.one_stage:
+        axes.plot([], [], "k|", markersize=7, markeredgewidth=1.6, label="node freezes")
     inputs = ("k−2", "k−1", *NAMES[2:])
     axes.set_yticks([top + 0.5 for top in tops.values()],
                     [f"{inputs[source]} → {node}" for node, source in lanes], size=6)
     axes.set(ylim=(max(tops.values()) + 1, 0), title=CELLS[cell], ylabel="input → node")
     axes.tick_params(length=0)
     axes.grid(False)
-    axes.spines[:].set_visible(False)
 
 
 def _draw_distances(axes, run, until, _cell):
-    shades, freezes = ("#0B2A4A", "#1F78B4", "#E07B00", "#A9A9A9"), _freezes(run)
+    """A line for each node, with a ring where it freezes; from then on the distance is 0."""
+    rows, freezes = [row for row in run.metrics if row.get("distance")], _freezes(run)
+    epochs = [row["epoch"] for row in rows]
     for node in range(2 * NODES):
-        cell, colour = ("normal", "reduction")[node // NODES], shades[node % NODES]
-        # It is 0 once the node is frozen.
-        values = {row["epoch"]: row["distance"][node] or math.nan
-                  for row in run.metrics if row.get("distance")}
-        axes.plot(list(values), list(values.values()), ("-", "--")[node // NODES], color=colour,
-                  marker=".", label=f"{cell} {node % NODES}")
-        if node in freezes:
-            axes.plot(freezes[node], values.get(freezes[node], math.nan), "o", color=colour,
-                      markeredgecolor="black", markeredgewidth=0.7)
+        cell, dash = (("normal", "-"), ("reduction", "--"))[node // NODES]
+        look = dict(color=("#0B2A4A", "#1F78B4", "#E07B00", "#A9A9A9")[node % NODES])
+        values = [row["distance"][node] or math.nan for row in rows]
+        axes.plot(epochs, values, dash, marker=".", label=f"{cell} {node % NODES}", **look)
+        if freezes.get(node) in epochs:
+            axes.plot(freezes[node], values[epochs.index(freezes[node])], "o", mec="black", **look)
     if run.one_stage and run.config.get("freeze_tol"):
         axes.axhline(run.config["freeze_tol"], color="black", linestyle=":", label="tolerance")
     axes.set(yscale="log", title="distance of each code from the last one, $\\|z_t - z_{t-1}\\|_2$")
@@ -458,7 +448,7 @@ def curves_figure(run):
     if not any(_series(run, "drop_path_prob")[1]):
         del titles["drop_path_prob"]
     figure = _figure(WIDTH, 2.2, layout="constrained")
-    panels = figure.subplots(1, len(titles), width_ratios=[3, 3, 2, 2][: len(titles)])
+    panels = figure.subplots(1, len(titles), width_ratios=[5, 5, 4, 4][: len(titles)])
     for axes, (what, title) in zip(panels, titles.items(), strict=True):
         axes.set_title(title)
         axes.plot(*_series(run, what), color="black")
@@ -492,20 +482,17 @@ def compare_figure(runs):
     figure = _figure(WIDTH, 2.5 + 0.14 * len(groups), layout="constrained")
     panels = figure.subplots(1, 2)
     for i, group in enumerate(groups):
-        label = f"{group[0].path} ({_accuracy(group[0])[0]})"
-        if len(group) > 1:
-            label += f" and {len(group) - 1} more that differ only by seed"
+        seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+        label = f"{group[0].path} ({_accuracy(group[0])[0]}{seeds})"
         for run in group:
             _, epochs, values = _accuracy(run)
             late += values[len(values) * 2 // 3 :]
             for axes in panels:
-                line = axes.plot(epochs, values, ("-", "--", ":")[i // 10 % 3], color=f"C{i % 10}",
-                                 marker=".", label=label)
+                line = axes.plot(epochs, values, color=f"C{i}", label=label)
         handles += line
     panels[0].set_title(f"{' or '.join(sorted({_accuracy(run)[0] for run in runs}))} accuracy (%)")
     panels[1].set_title("the same, enlarged")
-    if late:
-        panels[1].set_ylim(min(late) - 1, max(late) + 1)
+    panels[1].set_ylim(min(late, default=0) - 1, max(late, default=99) + 1)
     for axes in panels:
         _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
     figure.legend(handles=handles, loc="outside lower left")
@@ -553,19 +540,18 @@ def genotype_name(genotype):
     """A published name, or the first 7 digits of a hash that is the same for equal cells."""
     if genotype is None:
         return "–"
-    text = json.dumps(genotypes.as_lists(genotype), sort_keys=True)
-    for name, (published, _) in genotypes.NAMED.items():
-        if json.dumps(genotypes.as_lists(published), sort_keys=True) == text:
-            return name
-    return hashlib.sha256(text.encode()).hexdigest()[:7]
+    lists = genotypes.as_lists(genotype)
+    names = [k for k, (g, _) in genotypes.NAMED.items() if genotypes.as_lists(g) == lists]
+    text = json.dumps(lists, sort_keys=True)
+    return names[0] if names else hashlib.sha256(text.encode()).hexdigest()[:7]
 
 
 def _progress(run):
     """Epochs done, and epochs there will be, "?" while a one-stage search goes on."""
     done, total = run.metrics[-1]["epoch"], run.config.get("epochs", 0)
     if run.one_stage:
-        return done, "?" if run.end is None else max(done, run.end + total)
-    return done, max(done, total)
+        total = "?" if run.end is None else run.end + total
+    return done, total if total == "?" else max(done, total)
 
 
 def _groups(runs):
@@ -590,7 +576,7 @@ def _groups(runs):
 
 @_style()
 def save(figure, path):
-    """Write a figure, whole and over an older one; ValueError where that cannot be done.
+    """Write a figure, whole and over an older one; ValueError where it has another ending.
 
     Parameters
     ----------
@@ -602,17 +588,12 @@ def save(figure, path):
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     if ending not in undated:
         raise ValueError(f"{path}: a picture ends in {', '.join(undated)}")
-    try:
-        figure.savefig(partial, format=ending[1:], metadata=undated[ending])
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise ValueError(f"{path} could not be written: {error.strerror or error}") from None
+    figure.savefig(partial, format=ending[1:], metadata=undated[ending])
+    os.replace(partial, path)
 
 
 def draw_run(run_dir, folder=None):
-    """Draw all pictures of a run, also of one that is not over; ValueError with one line if not.
+    """Draw all pictures of a run, also of one that is not over; ValueError where it is none.
 
     Parameters
     ----------
@@ -627,29 +608,27 @@ def draw_run(run_dir, folder=None):
         and curves.png.
     """
     run, figures = read_run(os.fspath(run_dir)), {}
-    if run.history and run.history[0].genotype != run.genotype:
-        first, last = run.history[0], run.history[-1]
-        titles = [f"after epoch {choice.epoch}" for choice in (first, last)]
-        figures["cells.png"] = cells_figure(run.genotype, run.name, first.genotype, titles)
-    elif run.genotype:
-        figures["cells.png"] = cells_figure(run.genotype, run.name)
+    shown = [choice for choice in run.history[:1] if choice.genotype != run.genotype]
+    if run.genotype:
+        titles = [f"after epoch {choice.epoch}" for choice in (*shown, *run.history[-1:])]
+        before = shown[0].genotype if shown else None
+        figures["cells.png"] = cells_figure(run.genotype, run.name, before, titles)
     if run.search:
         figures["search.png"] = search_figure(run)
     figures["curves.png"] = curves_figure(run)
-    for name, figure in figures.items():
-        save(figure, os.path.join(folder or run.path, name))
-    return [os.path.join(folder or run.path, name) for name in figures]
+    figures = {os.path.join(folder or run.path, name): figures[name] for name in figures}
+    for path, figure in figures.items():
+        save(figure, path)
+    return list(figures)
 
 
 def get_args_parser():
     parser = arguments.Parser(prog="visualize.py", description=__doc__)
     parser.add_argument("what", nargs="+", metavar="WHAT", help="a genotype (a genotype.json, a "
-                        "published name, random:SEED, a text 'Genotype(...)'), a run folder, or "
-                        "several run folders")
+                        "published name, random:SEED, a text 'Genotype(...)'), or run folders")
     parser.add_argument("-o", "--output", metavar="PATH", help="the picture (.png, .svg or .pdf), "
-                        "or for one run the folder of its pictures. Default: for genotype.json "
-                        "cells.png beside it, for a name NAME.png here, for a run its own folder, "
-                        "for several compare.png here")
+                        "or for one run the folder of its pictures. Default: in the folder of the "
+                        "run or of the genotype.json, here for a name and for several runs")
     parser.add_argument("--stacked", action="store_true", help="draw the cells of a genotype one "
                         f"above the other, {COLUMN} inches wide, not {WIDTH}")
     return parser
@@ -663,14 +642,9 @@ def main(args):
         save(compare_figure(runs), paths[0])
         print(table(runs))
     elif os.path.isdir(spec):
-        if args.output and not os.path.isdir(args.output):
-            raise ValueError(f"-o {args.output}: for a run, give a folder that exists")
         paths = draw_run(spec, args.output)
     else:
-        try:
-            genotype, _ = genotypes.load(spec)
-        except ValueError as error:
-            raise ValueError(f"{error}; or a run folder") from None
+        genotype, _ = genotypes.load(spec)
         title = None if "(" in spec else os.path.basename(spec)
         name = "cells" if title in (None, "genotype.json") else title.removesuffix(".json")
         folder = os.path.dirname(spec) if os.path.isfile(spec) else ""
@@ -682,5 +656,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         arguments.fail("visualize.py", error)
