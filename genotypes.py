@@ -106,7 +106,8 @@ def load(spec):
     ----------
     spec : str or path
         A published name (`ISTA_twostage`, `ISTA_onestage`, `ISTA_ImageNet`), `random:SEED` for a
-        cell drawn uniformly from the search space, the path of a `genotype.json`, or the printed
+        cell drawn uniformly from the search space, the path of a `genotype.json` or of the run
+        folder that holds one, or the printed
         form `Genotype(normal=[('sep_conv_3x3', 0), ...], ...)`, of which everything before
         `Genotype(` is ignored, so that a line of a log or of a `genotypes.py` will do.
 
@@ -133,6 +134,8 @@ def load(spec):
         return draw(int(spec.removeprefix("random:"))), False
     if "Genotype(" in spec:
         return _check(_parse(spec)), False
+    if os.path.isdir(spec):
+        return _read(os.path.join(spec, "genotype.json"))
     if spec.endswith(".json") or os.path.exists(spec):
         return _read(spec)
     raise ValueError(

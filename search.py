@@ -153,6 +153,7 @@ def main(args):
         args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
     )
     if args.one_stage:
+        notes += utils.fit_to_data(args, len(train))
         train_batches, arch_batches = batches(train), None
         held_out, held_out_batches = "test", batches(test, training=False)
         notes.append(
@@ -162,11 +163,12 @@ def main(args):
     else:
         halves = data.split(train.labels, args.train_portion, args.seed)
         weight_half, arch_half = (train.subset(half) for half in halves)
+        notes += utils.fit_to_data(args, min(len(weight_half), len(arch_half)))
         train_batches, arch_batches = batches(weight_half), batches(arch_half)
         held_out, held_out_batches = "valid", batches(arch_half, training=False)
         notes.append(
-            f"{args.dataset}: {len(weight_half)} images train the weights, {len(arch_half)} train "
-            "b and, not augmented, validate"
+            f"{args.dataset}: {len(weight_half)} images train the weights, {len(arch_half)} others "
+            "train b; these, not augmented, give the valid loss and accuracy"
         )
 
     net = Network(
@@ -205,7 +207,9 @@ def main(args):
         report(run, args, [first])
     for note in [*notes, f"device: {device}"]:
         run.log(note)
-    if device.type == "cpu" and args.dataset.startswith("cifar"):
+    if args.layers < 3:
+        run.warn_once("with fewer than 3 layers there is no normal cell, so it is not searched")
+    if device.type == "cpu":
         run.log(
             "there is no CUDA device: a small CPU takes about a day for the published two-stage "
             "search, and weeks for the one-stage one; fewer --init_channels and --layers help"
@@ -302,7 +306,7 @@ def main(args):
         run.log(f"    python train.py --evaluate --weights {weights}")
         run.log(f"    python train.py --weights {weights}")
     else:
-        run.log("to train it from scratch:")
+        run.log("to train it from scratch, at the published size unless flags say otherwise:")
         arch = shlex.quote(run.file("genotype.json"))
         run.log(f"    python train.py --arch {arch}{utils.data_flags(args)}")
 
@@ -417,9 +421,9 @@ def settle(run, net, weight_optimizer):
     dropped = net.prune()
     utils.forget(weight_optimizer, dropped)
     freed = sum(p.numel() for p in dropped)
-    kept = sum(p.numel() for p in net.parameters())
+    kept = net.retraining_parameters()  # as train.py counts them
     run.log(f"the architecture is fixed; the operations outside it are dropped, which frees "
-            f"{freed / 1e6:.2f} M parameters and leaves {kept / 1e6:.2f} M")  # fmt: skip
+            f"{freed / 1e6:.3f} M parameters and leaves {kept / 1e6:.3f} M")  # fmt: skip
 
 
 def report(run, args, recoveries):

@@ -102,6 +102,7 @@ def main(args):
     train, test = data.load(
         args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
     )
+    notes += utils.fit_to_data(args, len(train))
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
             f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
@@ -150,6 +151,9 @@ def main(args):
             run.file("genotype.json"), genotypes.from_lists(config["genotype"]),
             config["one_stage"], arch=args.arch, arguments=utils.plain(args),
         )  # fmt: skip
+    if device.type == "cpu":
+        notes.append("there is no CUDA device: the published recipe takes weeks on a small CPU; "
+                     "fewer --init_channels, --layers and --epochs help")  # fmt: skip
     for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
         run.log(note)
     columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc", "best acc",
@@ -268,7 +272,7 @@ def network_config(args, source):
         If a typed flag contradicts the file.
     """
     config = dict(source["network"]) if source else {}
-    if args.arch:
+    if args.arch and not args.resume:  # a resumed run has its genotype in the checkpoint
         genotype, one_stage = genotypes.load(args.arch)
         named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)
         if config.setdefault("genotype", named["genotype"]) != named["genotype"]:

@@ -280,6 +280,18 @@ class Epoch:
         signals.check()
 
 
+def fit_to_data(args, images):
+    """Make an untyped --batch_size fit so many images; return what there is to say of the data."""
+    notes = []
+    if args.batch_size > images and "batch_size" not in args.typed and images > 1:
+        args.batch_size = images
+        notes.append(f"--batch_size is {images}, for there are no more images")
+    if args.cutout and 2 * args.cutout_length > args.image_size:
+        notes.append(f"warning: cutout of {args.cutout_length} pixels takes most of an image of "
+                     f"{args.image_size}: give --cutout_length or --no-cutout")  # fmt: skip
+    return notes
+
+
 def data_flags(args):
     """The flags by which another script reads the same data; empty for the default ones."""
     flags = {"dataset": "cifar10", "data": "data", "image_size": 32}
@@ -607,7 +619,10 @@ def resume(args, kind):
     path = arguments.checkpoint_path(args.resume)
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        raise UserError(f"--resume {args.resume}: that is not a checkpoint of a {kind} run")
+        raise UserError(
+            f"--resume {args.resume}: that is not a checkpoint of a {kind} run; search.py resumes "
+            "searches, and train.py trainings"
+        )
     saved = dict(checkpoint["args"])
     for name in args.typed:
         value = getattr(args, name)

@@ -16,9 +16,9 @@ import hashlib
 import json
 import math
 import os
-import statistics
 from collections import defaultdict, namedtuple
 from itertools import pairwise, permutations
+from statistics import fmean, stdev
 
 import arguments
 import genotypes
@@ -38,6 +38,10 @@ OPERATIONS = {
     "dil_conv_3x3": ("dil 3×3", "#68C296", "black", (0, (4, 1.5)), 1.2),
     "dil_conv_5x5": ("dil 5×5", "#00735C", "white", (0, (3, 1)), 2.0),
 }
+for _name in genotypes.PRIMITIVES:  # one that was added to them
+    OPERATIONS.setdefault(_name, (_name.replace("_", " "), "#8E4FA8", "white", "-", 1.2))
+for _added in genotypes.PRIMITIVES:
+    OPERATIONS.setdefault(_added, (_added.replace("_", " "), "#7A5195", "white", "-", 1.2))
 CONCAT = ("", "#9A9A9A", "", "-", 0.7)
 CELLS = {"normal": "normal cell", "reduce": "reduction cell"}
 
@@ -116,12 +120,11 @@ def cells_figure(genotype, title=None, before=None, titles=("", ""), stacked=Fal
     columns, width = (1, COLUMN) if stacked else (2, WIDTH)
     # What the deepest cell of each column leaves free goes between its layers.
     layers = [max(_layers(p[0])[OUTPUT] for p in panels[j::columns]) for j in range(columns)]
-    fixed = [2 * MARGIN + 2 * OUTER + (depth - 1) * INNER for depth in layers]
-    gap = (width - sum(fixed)) / sum(layers)
-    widths = [space + depth * gap for space, depth in zip(fixed, layers, strict=True)]
+    outer = 2 * MARGIN + 2 * OUTER - INNER
+    gap = (width - columns * outer) / sum(layers) - INNER
+    widths = [outer + depth * (INNER + gap) for depth in layers]
     high, rows = len(genotype.normal) * PAIR + NODES * SPACE, len(panels) // columns
-    if before:
-        title = f"{title or ''}   filled: pairs that the cell of the other epoch does not have"
+    title = (title or "") + "   filled: pairs that the other epoch does not have" * bool(before)
     top = 0.22 * bool(title)
     height = top + rows * (HEAD + high)
     with _style():
@@ -134,7 +137,7 @@ def cells_figure(genotype, title=None, before=None, titles=("", ""), stacked=Fal
             axes.axis("off")
             axes.text(0, 0.05 - HEAD, name, va="top", size="large")
             _draw_cell(axes, pairs, concat, others, gap)
-        figure.text(MARGIN / width, 1 - 0.05 / height, title or "", va="top", size="large")
+        figure.text(MARGIN / width, 1 - 0.05 / height, title, va="top", size="large")
         return figure
 
 
@@ -305,7 +308,6 @@ def search_figure(run):
     Parameters
     ----------
     run : Run
-        Of a search.
 
     Returns
     -------
@@ -444,9 +446,9 @@ def curves_figure(run):
     matplotlib.figure.Figure
     """
     titles = {"loss": "loss (cross-entropy)", "accuracy": "accuracy (%)",
-              "learning_rate": "learning rate", "drop_path_prob": "drop-path prob."}
-    if not any(_series(run, "drop_path_prob")[1]):
-        del titles["drop_path_prob"]
+              "learning_rate": "learning rate"}
+    if any(_series(run, "drop_path_prob")[1]):
+        titles["drop_path_prob"] = "drop-path prob."
     figure = _figure(WIDTH, 2.2, layout="constrained")
     panels = figure.subplots(1, len(titles), width_ratios=[5, 5, 4, 4][: len(titles)])
     for axes, (what, title) in zip(panels, titles.items(), strict=True):
@@ -479,22 +481,18 @@ def compare_figure(runs):
     matplotlib.figure.Figure
     """
     groups, handles, late = _groups(runs), [], []
-    figure = _figure(WIDTH, 2.5 + 0.14 * len(groups), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = _figure(WIDTH, 3 + 0.14 * len(groups), layout="constrained")
+    axes = figure.subplots()
     for i, group in enumerate(groups):
         seeds = f", {len(group)} seeds" if len(group) > 1 else ""
         label = f"{group[0].path} ({_accuracy(group[0])[0]}{seeds})"
         for run in group:
             _, epochs, values = _accuracy(run)
-            late += values[len(values) * 2 // 3 :]
-            for axes in panels:
-                line = axes.plot(epochs, values, color=f"C{i}", label=label)
+            late += values[len(values) // 3 :]  # what is lower is not worth the height
+            line = axes.plot(epochs, values, color=f"C{i}", label=label)
         handles += line
-    panels[0].set_title(f"{' or '.join(sorted({_accuracy(run)[0] for run in runs}))} accuracy (%)")
-    panels[1].set_title("the same, enlarged")
-    panels[1].set_ylim(min(late, default=0) - 1, max(late, default=99) + 1)
-    for axes in panels:
-        _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
+    _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
+    axes.set(ylim=(min(late, default=0) - 1, max(late, default=99) + 1), title="accuracy (%)")
     figure.legend(handles=handles, loc="outside lower left")
     return figure
 
@@ -527,9 +525,9 @@ def table(runs):
                           *("–" if x is None else f"{x:.{n}f}" for x, n in numbers)))
         if len(group) > 1:
             columns = zip(zip(*results, strict=True), digits, strict=True)
-            lines.append((f"  mean ± std of {len(group)} seeds", "", "", "", "", *(
-                "–" if None in x else f"{statistics.fmean(x):.{n}f} ± {statistics.stdev(x):.{n}f}"
-                for x, n in columns)))
+            means = ["–" if None in x else f"{fmean(x):.{n}f} ± {stdev(x):.{n}f}"
+                     for x, n in columns]
+            lines.append((f"  mean ± std of {len(group)} seeds", "", "", "", "", *means))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = zip("<><><>>>>>", widths, strict=True)  # texts to the left, numbers to the right
     form = "  ".join(f"{{:{side}{width}}}" for side, width in sides)

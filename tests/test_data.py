@@ -184,7 +184,7 @@ def test_cutout_is_that_of_darts(length, size):
         (10, 4, [4, 4, 2], [4, 4, 2]),
         (8, 4, [4, 4], [4, 4]),
         (9, 4, [4, 4], [4, 4, 1]),
-        (3, 4, [3], [3]),
+        (4, 4, [4], [4]),
         (3, 1, [1, 1, 1], [1, 1, 1]),
     ],
 )
@@ -194,6 +194,12 @@ def test_batch_sizes(n, batch_size, train_sizes, test_sizes):
         got = list(batches)
         assert [len(y) for _, y in got] == [len(x) for x, _ in got] == sizes
         assert len(batches) == len(sizes)
+
+
+def test_a_batch_larger_than_the_training_data_is_an_error():
+    with pytest.raises(DataError, match="--batch_size 4 is larger than the 3 images"):
+        Batches(numbered(3), 4, train=True)
+    assert [len(y) for _, y in Batches(numbered(3), 4, train=False)] == [3]
 
 
 @pytest.mark.parametrize("n, train", [(0, True), (0, False), (1, True)])

@@ -107,7 +107,8 @@ def test_own_images_of_any_kind(tmp_path):
                 image.save(tmp_path / "my images" / part / name / f"{k}.png")
     flags = ["--dataset", "imagefolder", "--data", "my images", "--init_channels", "2",
              "--layers", "2"]  # fmt: skip
-    done = run("search.py", *flags, "--batch_size", 11, "--epochs", 1, "--save", "s", cwd=tmp_path)
+    done = run("search.py", *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
+    assert "--batch_size is 12" in done.stdout and "no normal cell" in done.stdout
     assert "resized" in done.stdout and "12 images train the weights" in done.stdout
     (command,) = next_commands(done.stdout)
     assert command[-1] == "my images"
@@ -259,6 +260,17 @@ def test_training_goes_on_from_weights_as_a_new_run(trained):
     assert len(rows(folder / "more/metrics.jsonl")) == 1
     state = torch.load(folder / "more/checkpoint.pt", weights_only=True)
     assert state["network"]["C"] == 2 and state["network"]["layers"] == 3
+
+
+def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
+    genotypes.save(tmp_path / "g.json", genotypes.draw(1), False)
+    flags = [*TINY, "--batch_size", 480, "--epochs", 1, "--arch", "g.json", "--save", "t"]
+    run("train.py", *flags, cwd=tmp_path)
+    genotypes.save(tmp_path / "g.json", genotypes.draw(2), False)
+    run("train.py", "--resume", "t", "--epochs", 2, cwd=tmp_path)
+    (tmp_path / "g.json").unlink()
+    run("train.py", "--resume", "t", "--epochs", 3, cwd=tmp_path)
+    assert genotypes.load(tmp_path / "t")[0] == genotypes.draw(1)
 
 
 def test_a_genotype_text_and_a_random_cell_can_be_trained(tmp_path):

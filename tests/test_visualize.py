@@ -34,21 +34,14 @@ def random_genotype(seed, each):
     return genotypes.Genotype(cell(), concat, cell(), range(2, 6))
 
 
-def drawn(figure):
-    """The figure's renderer, after it was drawn once so that everything has its place."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return canvas.get_renderer()
-
-
 def overlap(a, b):
     return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
 
 
 def check_texts(figure):
     """No text is smaller than 6 pt, clipped, or on another one; ticks included."""
-    renderer = drawn(figure)
-    texts = set(figure.findobj(Text))
+    FigureCanvasAgg(figure).draw()  # so that everything has its place
+    renderer, texts = figure.canvas.get_renderer(), set(figure.findobj(Text))
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
         for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
@@ -67,7 +60,7 @@ def check_texts(figure):
 def check_cells(figure, genotype):
     """Labels and nodes are apart, their texts inside them, and no edge runs over one of them."""
     check_texts(figure)
-    renderer = drawn(figure)
+    renderer = figure.canvas.get_renderer()
     for axes, cell in zip(figure.axes, ("normal", "reduce"), strict=True):
         pairs, concat = getattr(genotype, cell), list(getattr(genotype, f"{cell}_concat"))
         gids = {patch.get_gid(): patch for patch in axes.patches}  # of an edge the upper one
@@ -79,6 +72,11 @@ def check_cells(figure, genotype):
         for text in axes.texts[1:]:
             box, around = text.get_window_extent(renderer), boxes[text.get_gid()[8:]]
             assert around.x0 <= box.x0 and box.x1 <= around.x1 and around.y0 <= box.y0, text
+        labels = {text.get_gid(): text.get_text().replace("\n", " ") for text in axes.texts}
+        for k, (operation, _) in enumerate(pairs):
+            name, colour, *_ = visualize.OPERATIONS[operation]
+            assert labels[f"text of label {k}"] == name and operation.startswith(name[:3])
+            assert to_hex(edges[f"edge {k}"].get_edgecolor()).upper() == colour
         for gid, edge in edges.items():
             k = int(gid[5:])
             ends = (pairs[k][1], 2 + k * 4 // len(pairs)) if k < len(pairs) else (
@@ -91,42 +89,14 @@ def check_cells(figure, genotype):
                 assert not inside, (gid, other)
 
 
-@pytest.mark.parametrize("name", genotypes.NAMED)
 @pytest.mark.parametrize("stacked", [False, True])
-def test_published_cells(name, stacked):
-    genotype = genotypes.load(name)[0]
-    figure = visualize.cells_figure(genotype, name, stacked=stacked)
-    assert figure.get_figwidth() == (3.35 if stacked else 6.9)
-    check_cells(figure, genotype)
-
-
-@pytest.mark.parametrize("each, count", [(1, 4), (2, 12), (3, 3), (4, 2)])
-def test_random_cells(each, count):
-    for seed in range(count):
-        genotype = random_genotype(seed, each)
-        check_cells(visualize.cells_figure(genotype, "title", stacked=seed % 3 == 0), genotype)
-
-
-def test_genotypes_have_names_or_hashes():
-    assert visualize.genotype_name(genotypes.ISTA_onestage) == "ISTA_onestage"
-    one, other = (visualize.genotype_name(genotypes.draw(seed)) for seed in (1, 2))
-    assert len(one) == 7 and one != other
-    assert one == visualize.genotype_name(genotypes.draw(1)._replace(normal_concat=[2, 3, 4, 5]))
-
-
-def test_labels_and_colours_say_the_operations():
-    assert list(visualize.OPERATIONS) == genotypes.PRIMITIVES
-    assert len({colour for _, colour, *_ in visualize.OPERATIONS.values()}) == 7
-    genotype = genotypes.ISTA_onestage
-    figure = visualize.cells_figure(genotype)
-    for axes, pairs in zip(figure.axes, (genotype.normal, genotype.reduce), strict=True):
-        labels = {t.get_gid(): t.get_text() for t in axes.texts}
-        edges = {p.get_gid(): to_hex(p.get_edgecolor()).upper() for p in axes.patches}
-        for k, (operation, _) in enumerate(pairs):
-            kind, *_, size = operation.split("_")
-            expected = "skip" if kind == "skip" else f"{kind}\n{size.replace('x', '×')}"
-            assert labels[f"text of label {k}"] == expected
-            assert edges[f"edge {k}"] == visualize.OPERATIONS[operation][1]
+def test_nothing_overlaps_in_a_cell(stacked):
+    cells = [genotype for genotype, _ in genotypes.NAMED.values()]
+    cells += [random_genotype(seed, each) for each in range(1, 5) for seed in range(3)]
+    for genotype in cells:
+        figure = visualize.cells_figure(genotype, "title", stacked=stacked)
+        assert figure.get_figwidth() == (3.35 if stacked else 6.9)
+        check_cells(figure, genotype)
 
 
 def test_changes_are_filled():
@@ -145,10 +115,7 @@ def test_changes_are_filled():
 
 
 def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **config):
-    """A run folder as search.py ("two", "one") and train.py ("train") write it.
-
-    A one-stage search freezes node k in epoch 2 + k // 2 and trains on after epoch 5.
-    """
+    """A run folder; a one-stage search freezes node k in epoch 2 + k // 2, the last one in 5."""
     path.mkdir()
     one = kind == "one"
     config |= dict(seed=seed, epochs=epochs - 5 * one, one_stage=one, freeze_tol=1e-3)
@@ -203,8 +170,7 @@ def test_bars_show_the_pairs(tmp_path):
     figure = visualize.search_figure(run)
     for axes, cell in zip(figure.axes, ("normal", "reduce"), strict=False):
         lanes = [tick.get_text() for tick in axes.get_yticklabels()]
-        inputs = ["k−2", "k−1", "0", "1", "2"]
-        assert lanes == [f"{inputs[s]} → {n - 2}" for n in NODES for s in range(n)]
+        assert lanes == [f"{('k−2', 'k−1', 0, 1, 2)[s]} → {n - 2}" for n in NODES for s in range(n)]
         for choice in run.history:
             here = [p for p in axes.patches if p.get_x() < choice.epoch < p.get_x() + p.get_width()
                     and to_hex(p.get_facecolor()) != "#f0f0f0"]
@@ -225,11 +191,10 @@ def test_curves_figure(tmp_path, kind, epochs):
     check_texts(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert ("drop-path prob." in titles) == (kind != "two")
-    lines = {line.get_label(): line for line in figure.axes[1].lines}
-    name = next(label for label in lines if label.startswith(("validation", "test")))
-    assert list(lines[name].get_xdata()) == list(range(1, epochs + 1))
-    assert lines[name].get_ydata()[-1] == 90
-    assert ("search ends" in lines) == (kind == "one")
+    lines = {line.get_label().split()[0]: line for line in figure.axes[1].lines}
+    line = lines["validation" if kind == "two" else "test"]
+    assert list(line.get_xdata()) == list(range(1, epochs + 1)) and line.get_ydata()[-1] == 90
+    assert ("search" in lines) == (kind == "one")
 
 
 @pytest.mark.parametrize("kind", ["two", "one", "train"])
@@ -245,10 +210,7 @@ def test_a_running_or_cut_run_can_be_drawn(tmp_path, kind):
     paths = visualize.draw_run(path)
     names = ["cells", "curves"] if kind == "train" else ["cells", "search", "curves"]
     assert paths == [os.path.join(path, f"{name}.png") for name in names]
-    for name in paths:
-        with open(name, "rb") as file:
-            assert file.read(4) == b"\x89PNG"
-    assert not [name for name in os.listdir(path) if name.endswith(".partial")]
+    assert all(os.path.getsize(name) > 10_000 for name in paths)
 
 
 def test_rows_without_distances_and_nan_losses(tmp_path):
@@ -281,6 +243,7 @@ def test_table_and_mean_over_seeds(tmp_path, monkeypatch):
     assert lines[2].split()[-3:] == ["97.10", "97.10", "2.00"]
     assert "mean ± std of 3 seeds" in lines[4] and lines[4].count("97.10 ± 0.10") == 2
     assert "2/4" in lines[6] and lines[7].startswith("search") and "validation" in lines[7]
+    assert len(lines[7].split()[2]) == 7  # the hash of a genotype without a name
     assert script(*names, cwd=tmp_path) == [*lines, "compare.png"]
     figure = visualize.compare_figure(runs)
     check_texts(figure)
@@ -308,12 +271,9 @@ def test_script_draws_genotypes(tmp_path):
     run = make_run(tmp_path / "run", "train", 1)
     assert script("random:3", "--stacked", cwd=tmp_path) == ["random-3.png"]
     assert script(f"{run}/genotype.json", cwd=tmp_path) == [f"{run}/cells.png"]
-    text = f"genotype = {genotypes.ISTA_twostage}"
-    for name, magic in (("a.svg", b"<?xml"), ("b.pdf", b"%PDF"), ("a.svg", b"<?xml")):
-        before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
-        assert script(text, "-o", name, cwd=tmp_path) == [name]
+    for name, magic in (("a.svg", b"<?xml"), ("b.pdf", b"%PDF")):
+        assert script(f"g = {genotypes.ISTA_twostage}", "-o", name, cwd=tmp_path) == [name]
         assert (tmp_path / name).read_bytes().startswith(magic)
-        assert before in (None, (tmp_path / name).read_bytes())  # the same to the byte
 
 
 @pytest.mark.parametrize(
@@ -329,8 +289,8 @@ def test_script_draws_genotypes(tmp_path):
     ],
 )
 def test_errors_are_one_line(tmp_path, argv, message):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "begun").mkdir()
+    for name in ("empty", "begun"):
+        (tmp_path / name).mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
     make_run(tmp_path / "broken", "two", 2)
     (tmp_path / "broken" / "genotypes.jsonl").write_text('{"epoch": 1, "normal": []}\n')
