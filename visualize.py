@@ -40,8 +40,6 @@ OPERATIONS = {
 }
 for _name in genotypes.PRIMITIVES:  # one that was added to them
     OPERATIONS.setdefault(_name, (_name.replace("_", " "), "#8E4FA8", "white", "-", 1.2))
-for _added in genotypes.PRIMITIVES:
-    OPERATIONS.setdefault(_added, (_added.replace("_", " "), "#7A5195", "white", "-", 1.2))
 CONCAT = ("", "#9A9A9A", "", "-", 0.7)
 CELLS = {"normal": "normal cell", "reduce": "reduction cell"}
 
@@ -586,8 +584,14 @@ def save(figure, path):
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     if ending not in undated:
         raise ValueError(f"{path}: a picture ends in {', '.join(undated)}")
-    figure.savefig(partial, format=ending[1:], metadata=undated[ending])
-    os.replace(partial, path)
+    try:
+        figure.savefig(partial, format=ending[1:], metadata=undated[ending])
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"{path} could not be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
 
 
 def draw_run(run_dir, folder=None):
