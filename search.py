@@ -374,9 +374,7 @@ def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, args, progre
     for x, y in batches:
         with utils.autocast(device, args.amp):
             logits, logits_aux = net(x)
-        loss = total = F.cross_entropy(logits.float(), y)
-        if logits_aux is not None:
-            total = loss + args.auxiliary_weight * F.cross_entropy(logits_aux.float(), y)
+        loss, total = utils.losses(logits, logits_aux, y, args.auxiliary_weight)
         arch_optimizer.zero_grad()
         weight_optimizer.zero_grad()
         total.backward()

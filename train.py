@@ -71,7 +71,6 @@ import shlex  # noqa: E402
 import time  # noqa: E402
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -230,9 +229,7 @@ def train_epoch(net, batches, optimizer, args, progress):
     for x, y in batches:
         with utils.autocast(device, args.amp):
             logits, logits_aux = net(x)
-        loss = total = F.cross_entropy(logits.float(), y)
-        if logits_aux is not None:
-            total = loss + args.auxiliary_weight * F.cross_entropy(logits_aux.float(), y)
+        loss, total = utils.losses(logits, logits_aux, y, args.auxiliary_weight)
         optimizer.zero_grad()
         total.backward()
         clip_grad_norm_(parameters, args.grad_clip)

@@ -302,6 +302,14 @@ def data_flags(args):
     )
 
 
+def losses(logits, logits_aux, labels, auxiliary_weight):
+    """Cross-entropy, and its sum with that of the auxiliary head (if any) times its weight."""
+    loss = F.cross_entropy(logits.float(), labels)
+    if logits_aux is None:
+        return loss, loss
+    return loss, loss + auxiliary_weight * F.cross_entropy(logits_aux.float(), labels)
+
+
 @torch.no_grad()
 def evaluate(net, batches, amp=False):
     """Mean cross-entropy and accuracy (percent) of a network in evaluation mode.
