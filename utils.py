@@ -40,13 +40,13 @@ class Interrupted(BaseException):
 
 
 class _Signals:
-    """SIGINT and SIGTERM. Inside an epoch they wait for the end of the step."""
+    """SIGINT and SIGTERM. Once a run's epochs have begun, they wait for the end of the step."""
 
+    run = None  # the Run whose epochs have begun
     waiting = None  # the signal that came during a step
-    in_epoch = False
 
     def __call__(self, signum, frame):
-        if not self.in_epoch or self.waiting:
+        if self.run is None or self.waiting:
             raise Interrupted(signum)
         self.waiting = signum
 
@@ -68,12 +68,15 @@ def command(prog):
         signal.signal(signum, signals)
     try:
         yield
+        signals.check()
     except (UserError, data.DataError, ista.SolverUnavailable) as error:
         arguments.fail(prog, error)
     except torch.OutOfMemoryError:
         arguments.fail(prog, "the device has too little memory: give a smaller --batch_size")
     except Interrupted as interrupt:
         signum = interrupt.args[0]
+        if signals.run:
+            signals.run.log(f"stopped; {signals.run.how_to_resume()}")
         print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
         sys.exit(128 + signum)
 
@@ -243,11 +246,10 @@ class Epoch:
         )  # fmt: skip
 
     def __enter__(self):
-        signals.in_epoch = True
+        signals.run = self.run
         return self
 
     def __exit__(self, kind, error, _):
-        signals.in_epoch = False
         self.bar.close()
         if kind is Diverged:
             raise UserError(
@@ -255,8 +257,7 @@ class Epoch:
                 f"{self.learning_rate:.4g}; try a smaller --learning_rate or --grad_clip in a new "
                 f"run; {self.run.how_to_resume()}"
             ) from None
-        if kind is Interrupted or signals.waiting:
-            self.run.log(f"stopped in {self.label}; {self.run.how_to_resume()}")
+        if kind is None:
             signals.check()
 
     def step(self, meter):
