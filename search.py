@@ -274,7 +274,7 @@ def main(args):
             if args.one_stage and schedule_start == epoch:
                 settle(run, net, weight_optimizer)
                 row["frozen"] = net.frozen
-            run.log(f"genotype = {net.genotype()}" if row["changed"] else "genotype unchanged")
+            run.log(f"genotype = {net.genotype()}")
             run.append("metrics.jsonl", row)
             run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
             run.show(row, net.genotype())
