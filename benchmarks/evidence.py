@@ -1,0 +1,284 @@
+"""Do searched cells beat random ones? Search, train and compare, with one recipe for all.
+
+    python benchmarks/evidence.py --save runs/evidence --dataset imagefolder --data DIR
+    python benchmarks/evidence.py --save runs/evidence        # go on, or show the result again
+
+For each search seed it runs search.py, and train.py on the cell that comes out; train.py on as many
+random cells (`--arch random:SEED`); and one-stage searches, whose cells it also trains from
+scratch. All trainings have the same flags and the same seed. The runs are folders of --save. What
+is there and done is not run again, and what was interrupted goes on, so this can be stopped and
+started at will. A table is printed and written to evidence.json, a picture to evidence.png.
+
+`--variant every_step="--recover_every 1"` adds as many searches with those flags, as a group of
+their own. Accuracies are those of the last epoch on the test images, which no search has seen.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
+
+import arguments  # noqa: E402
+import visualize  # noqa: E402
+
+SEARCH = "--init_channels 8 --layers 5 --batch_size 64 --epochs 15"
+TRAIN = ("--init_channels 8 --layers 5 --batch_size 64 --epochs 10 --no-auxiliary --no-cutout "
+         "--drop_path_prob 0")  # fmt: skip
+ONE_STAGE = f"{TRAIN} --max_search_epochs 10"
+DATA = {"dataset": "digits", "data": "data", "image_size": 32}
+
+
+def get_args_parser():
+    parser = arguments.Parser(prog="evidence.py", description=__doc__)
+    count = arguments.whole(0)
+    parser.add_argument("--save", required=True, metavar="DIR", help="folder of all runs")
+    parser.add_argument("--searches", type=count, default=8, metavar="K", help="search seeds")
+    parser.add_argument("--random", type=count, default=8, metavar="R", help="random cells")
+    parser.add_argument("--one_stage", type=count, default=1, metavar="N", help="one-stage seeds")
+    parser.add_argument("--variant", action="append", default=[], type=variant,
+                        metavar="NAME=FLAGS", help="further searches, with these flags as well")
+    parser.add_argument("--search_flags", default=SEARCH, help="of every two-stage search")
+    parser.add_argument("--train_flags", default=TRAIN, help="of every training")
+    parser.add_argument("--one_stage_flags", default=ONE_STAGE, help="of every one-stage search")
+    for name, default in DATA.items():
+        parser.add_argument(f"--{name}", default=default, help="as in search.py")
+    parser.add_argument("--images", type=arguments.whole(1), nargs=2, metavar=("TRAIN", "TEST"),
+                        help="use so many images of an image folder, the same of each class")
+    parser.add_argument("--jobs", type=arguments.whole(1), default=1, help="runs at a time")
+    parser.show_defaults()
+    return parser
+
+
+def variant(text):
+    name, equals, flags = text.partition("=")
+    if not equals or not name.isidentifier() or name in ("random", "searched", "one_stage"):
+        raise argparse.ArgumentTypeError(f'give NAME="FLAGS", not {text!r}')
+    return name, flags
+
+
+# ------------------------------------------------------------------------------------------------
+# The runs
+# ------------------------------------------------------------------------------------------------
+
+
+def cells(args):
+    """What is trained: its group and seed, and the flags of its search or none."""
+    groups = {"searched": args.search_flags}
+    groups |= {name: f"{args.search_flags} {flags}" for name, flags in args.variant}
+    for seed in range(max(args.searches, args.random, args.one_stage)):  # by turns
+        if seed < args.random:
+            yield "random", seed, None
+        if seed < args.searches:
+            yield from ((group, seed, flags) for group, flags in groups.items())
+        if seed < args.one_stage:
+            yield "one_stage", seed, f"--one_stage {args.one_stage_flags}"
+
+
+def work_out(cell, args):
+    """Search a cell where it is to be searched, and train it."""
+    group, seed, search_flags = cell
+    arch = f"random:{seed}"
+    if search_flags is not None:
+        arch = args.save / f"search-{group}-{seed}"
+        finish("search.py", arch, f"{search_flags} --seed {seed}", args)
+    train_flags = f"{args.train_flags} --arch {shlex.quote(str(arch))}"
+    finish("train.py", args.save / f"train-{group}-{seed}", train_flags, args)
+
+
+def finish(script, run, flags, args):
+    """Start a run, or go on with it; nothing where it is done."""
+    command = [sys.executable, str(ROOT / script)]
+    if (run / "finished").exists():
+        return
+    if (run / "checkpoint.pt").exists():
+        command += ["--resume", str(run)]
+    else:
+        shutil.rmtree(run, ignore_errors=True)  # it ended before its first epoch did
+        command += [*shlex.split(flags), "--save", str(run), "--dataset", args.dataset]
+        command += ["--data", str(args.data), "--image_size", str(args.image_size)]
+    print(shlex.join(command), flush=True)
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise ChildProcessError(f"{run.name} failed: {ended.stderr.strip() or ended.returncode}")
+    (run / "finished").touch()
+
+
+def choose_images(args):
+    """Make args.data a folder of links to --images of it, the same number of each class."""
+    source, chosen = Path(args.data), args.save / "images"
+    for split, count in zip(("train", "test"), args.images, strict=True):
+        classes = sorted(path for path in (source / split).iterdir() if path.is_dir())
+        for folder in classes:
+            (chosen / split / folder.name).mkdir(parents=True, exist_ok=True)
+            files = sorted(folder.iterdir())
+            random.Random(0).shuffle(files)
+            for file in files[: count // len(classes)]:
+                link = chosen / split / folder.name / file.name
+                if not link.exists():
+                    link.symlink_to(file.resolve())
+    args.data = chosen
+
+
+# ------------------------------------------------------------------------------------------------
+# What came out
+# ------------------------------------------------------------------------------------------------
+
+
+def result(cell, args):
+    """What is known of a cell: numbers of its training and, where it was searched, of that."""
+    group, seed, search_flags = cell
+    last = visualize.read_run(str(args.save / f"train-{group}-{seed}")).metrics[-1]
+    row = dict(group=group, seed=seed, accuracy=last["test_accuracy"],
+               parameters=last["parameters"], multiply_adds=last["multiply_adds"])  # fmt: skip
+    if search_flags is not None:
+        search = visualize.read_run(str(args.save / f"search-{group}-{seed}"))
+        held_out = "test" if search.one_stage else "valid"
+        row |= dict(
+            supernet=search.metrics[-1][f"{held_out}_accuracy"],
+            changed=[epoch["changed"] for epoch in search.metrics],
+            skips=sum(op == "skip_connect" for op, _ in search.genotype.normal),
+        )
+        if search.one_stage:
+            log = (args.save / f"search-{group}-{seed}" / "log.txt").read_text()
+            row["absorbed"] = float(log.rpartition("in the supernet, ")[2].split()[0])
+    return row
+
+
+def interval(samples, statistic, **kwargs):
+    """A 95 % interval by the bootstrap: each sample of cells is drawn anew from itself."""
+    found = stats.bootstrap(
+        samples, statistic, vectorized=False, n_resamples=4999, method="percentile",
+        rng=np.random.default_rng(0), **kwargs,
+    ).confidence_interval  # fmt: skip
+    return found.low, found.high
+
+
+def beats(a, b):
+    """How often one of a is better than one of b, in percent; draws count half."""
+    difference = np.subtract.outer(a, b)
+    return 100 * ((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def improvement(a, b):
+    """100 · (mean a − mean b) / mean b (Yang, Esperança, Carlucci, ICLR 2020)."""
+    return 100 * (np.mean(a) - np.mean(b)) / np.mean(b)
+
+
+def tau(a, b):
+    """Kendall's rank correlation; 0 where one of them is constant."""
+    return np.nan_to_num(stats.kendalltau(a, b).statistic)
+
+
+def summary(rows):
+    """The text of the results."""
+    groups = {group: [r for r in rows if r["group"] == group] for group in names(rows)}
+    lines = [f"{'cell':<18}{'accuracy %':>12}{'params M':>12}{'mult-adds M':>14}{'supernet %':>12}"
+             f"{'absorbed %':>12}{'changes':>9}{'skips':>7}"]  # fmt: skip
+    for group, members in groups.items():
+        for r in members:
+            lines.append(
+                f"{group + ' ' + str(r['seed']):<18}{r['accuracy']:>12.2f}"
+                f"{r['parameters'] / 1e6:>12.4f}{r['multiply_adds'] / 1e6:>14.1f}"
+                f"{optional(r, 'supernet', '.2f'):>12}{optional(r, 'absorbed', '.2f'):>12}"
+                f"{sum(r['changed']) if 'changed' in r else '':>9}{r.get('skips', ''):>7}"
+            )
+        if len(members) > 1:
+            mean, std = mean_and_std(r["accuracy"] for r in members)
+            lines.append(f"  {group}: {mean:.2f} ± {std:.2f} % (mean ± std of {len(members)})")
+    chance = [r["accuracy"] for r in groups.get("random", [])]
+    for group, members in groups.items():
+        own = [r["accuracy"] for r in members]
+        if group != "random" and len(own) > 1 and len(chance) > 1:
+            low, high = interval((own, chance), beats)
+            lines.append(f"{group}: a cell beats a random one in {beats(own, chance):.0f} % of "
+                         f"pairs (95 % interval {low:.0f} to {high:.0f})")  # fmt: skip
+            low, high = interval((own, chance), improvement)
+            lines.append(f"{group}: relative improvement over the average random cell "
+                         f"{improvement(own, chance):+.2f} % ({low:+.2f} to {high:+.2f})")  # fmt: skip
+        if "supernet" in members[0] and len(own) > 2:
+            supernet = [r["supernet"] for r in members]
+            low, high = interval((supernet, own), tau, paired=True)
+            lines.append(f"{group}: Kendall's tau between the accuracies in the supernet and after "
+                         f"training {tau(supernet, own):+.2f} ({low:+.2f} to {high:+.2f})")  # fmt: skip
+    return "\n".join(lines)
+
+
+def names(rows):
+    """The groups, in the order they come in."""
+    return list(dict.fromkeys(r["group"] for r in rows))
+
+
+def optional(row, key, form):
+    return format(row[key], form) if key in row else ""
+
+
+def mean_and_std(values):
+    values = list(values)
+    return fmean(values), stdev(values)
+
+
+@visualize._style()
+def figure(rows):
+    """Accuracies of each group's cells, and those in the supernet against those after training."""
+    drawn = visualize._figure(visualize.WIDTH, 2.6, layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
+    markers = "osD^vPX"
+    groups = names(rows)
+    for y, group in enumerate(groups):
+        members = [r for r in rows if r["group"] == group]
+        own = [r["accuracy"] for r in members]
+        look = dict(color=f"C{y}", marker=markers[y % len(markers)], markersize=4)
+        left.plot(own, [y] * len(own), linestyle="", alpha=0.7, **look)
+        if len(own) > 1:
+            mean, std = mean_and_std(own)
+            left.errorbar(mean, y + 0.25, xerr=std, capsize=2, **look)
+            left.text(mean, y + 0.36, f"{mean:.2f} ± {std:.2f}", ha="center")
+        if "supernet" in members[0] and group != "one_stage":
+            right.plot([r["supernet"] for r in members], own, linestyle="", label=group, **look)
+    left.set(yticks=range(len(groups)), yticklabels=groups, ylim=(-0.5, len(groups) - 0.3),
+             xlabel="test accuracy after training (%)")  # fmt: skip
+    left.set_title("each dot a cell; above them mean ± std")
+    right.set(xlabel="validation accuracy in the supernet (%)",
+              ylabel="test accuracy after training (%)")  # fmt: skip
+    right.set_title("does the supernet rank the cells?")
+    right.legend()
+    return drawn
+
+
+def main(args):
+    args.save = Path(args.save)
+    args.save.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        choose_images(args)
+    todo = list(cells(args))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(functools.partial(work_out, args=args), todo))
+    rows = sorted((result(cell, args) for cell in todo), key=lambda r: r["group"] != "random")
+    text = summary(rows)
+    print(text)
+    about = {name: str(value) for name, value in vars(args).items() if name != "typed"}
+    (args.save / "evidence.json").write_text(json.dumps({"flags": about, "cells": rows}, indent=1))
+    (args.save / "evidence.txt").write_text(text + "\n")
+    visualize.save(figure(rows), str(args.save / "evidence.png"))
+    print(f"in {args.save}: evidence.json, evidence.txt, evidence.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, OSError) as error:
+        arguments.fail("evidence.py", error)
