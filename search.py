@@ -127,6 +127,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
 
 import data  # noqa: E402
+import runs  # noqa: E402
 import utils  # noqa: E402
 from model_search import Network  # noqa: E402
 
@@ -137,7 +138,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     checkpoint = None
     if args.resume:
-        checkpoint, args = utils.resume(args, "search")
+        checkpoint, args = runs.resume(args, "search")
     device = utils.choose_device(args.device)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -198,11 +199,11 @@ def main(args):
         weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
         arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
         utils.set_random_state(checkpoint["random"], generator)
-        run = utils.Run.resume(args, checkpoint)
+        run = runs.Run.resume(args, checkpoint)
     else:
         epoch, schedule_start = 0, None if args.one_stage else 0
         first = net.recover(args.solver)  # says at once if the solver cannot be used
-        run = utils.Run.create(args, "search")
+        run = runs.Run.create(args, "search")
         run.log(f"new run in {run.path}")
         report(run, args, [first])
     for note in [*notes, f"device: {device}"]:
@@ -280,7 +281,7 @@ def main(args):
             run.show(row, net.genotype())
             save_genotype(run, args, net, row)
             run.save_checkpoint({
-                "kind": "search", "version": arguments.__version__, "args": utils.plain(args),
+                "kind": "search", "version": arguments.__version__, "args": runs.plain(args),
                 "epoch": epoch, "schedule_start": schedule_start, "row": row,
                 "net": net.state_dict(),
                 "weight_optimizer": weight_optimizer.state_dict(),
@@ -300,7 +301,7 @@ def main(args):
         _, after = utils.evaluate(plain, held_out_batches, args.amp)
         run.log(f"test accuracy {before:.2f} % in the supernet, {after:.2f} % after absorption")
         about = dict(epoch=epoch, test_accuracy=after)
-        utils.save_network(run.file("network.pt"), plain, args, about)
+        runs.save_network(run.file("network.pt"), plain, args, about)
         run.log("the trained network is in network.pt; to measure it, and to train it further:")
         weights = shlex.quote(run.file("network.pt"))
         run.log(f"    python train.py --evaluate --weights {weights}")
@@ -458,11 +459,11 @@ def watch(run, genotype, recoveries):
 
 
 def save_genotype(run, args, net, row):
-    with utils.writing(run.file("genotype.json")):
+    with runs.writing(run.file("genotype.json")):
         genotypes.save(
             run.file("genotype.json"), net.genotype(), args.one_stage,
             method=f"ISTA-NAS {'one' if args.one_stage else 'two'}-stage search",
-            seed=args.seed, dataset=args.dataset, result=row, arguments=utils.plain(args),
+            seed=args.seed, dataset=args.dataset, result=row, arguments=runs.plain(args),
         )  # fmt: skip
 
 

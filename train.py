@@ -76,6 +76,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
+import runs  # noqa: E402
 import utils  # noqa: E402
 
 
@@ -85,7 +86,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     checkpoint = source = None
     if args.resume:
-        checkpoint, args = utils.resume(args, "train")
+        checkpoint, args = runs.resume(args, "train")
         source = checkpoint
     elif args.weights:
         source = read_weights(args.weights)
@@ -141,14 +142,14 @@ def main(args):
         epoch, best = checkpoint["epoch"], checkpoint["best"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         utils.set_random_state(checkpoint["random"], generator)
-        run = utils.Run.resume(args, checkpoint)
+        run = runs.Run.resume(args, checkpoint)
     else:
         epoch, best = 0, 0.0
-        run = utils.Run.create(args, "train")
+        run = runs.Run.create(args, "train")
         run.log(f"new run in {run.path}")
         genotypes.save(
             run.file("genotype.json"), genotypes.from_lists(config["genotype"]),
-            config["one_stage"], arch=args.arch, arguments=utils.plain(args),
+            config["one_stage"], arch=args.arch, arguments=runs.plain(args),
         )  # fmt: skip
     if device.type == "cpu":
         notes.append("there is no CUDA device: the published recipe takes weeks on a small CPU; "
@@ -194,9 +195,9 @@ def main(args):
             run.append("metrics.jsonl", row)
             run.show(row)
             if is_best:
-                utils.save_network(run.file("network-best.pt"), net, args, row)
+                runs.save_network(run.file("network-best.pt"), net, args, row)
             run.save_checkpoint({
-                "kind": "train", "version": arguments.__version__, "args": utils.plain(args),
+                "kind": "train", "version": arguments.__version__, "args": runs.plain(args),
                 "epoch": epoch, "best": best, "row": row,
                 "network": net.config, "model": net.state_dict(),
                 "optimizer": optimizer.state_dict(), "random": utils.random_state(generator),
@@ -206,7 +207,7 @@ def main(args):
     # What came out, and what to do with it
     # --------------------------------------------------------------------------------------------
     loss, accuracy = utils.evaluate(net, test_batches, args.amp)
-    utils.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
+    runs.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
     run.draw()
     run.log(f"test accuracy {accuracy:.2f} % after the last epoch (network.pt), "
             f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
@@ -256,7 +257,7 @@ def network_config(args, source):
     args : argparse.Namespace
         Its init_channels, layers and auxiliary are set to those of the network.
     source : dict or None
-        What `utils.resume` or `read_weights` found.
+        What `runs.resume` or `read_weights` found.
 
     Returns
     -------
@@ -314,7 +315,7 @@ def read_weights(path):
     utils.UserError
         If the file is damaged or holds something else.
     """
-    state = utils.load_checkpoint(path)
+    state = runs.load_checkpoint(path)
     if not isinstance(state, dict):
         raise utils.UserError(f"{path} holds no network weights")
     if state.get("kind") == "search":

@@ -16,7 +16,6 @@ their own. Accuracies are those of the last epoch on the test images, which no s
 import argparse
 import functools
 import json
-import os
 import random
 import shlex
 import shutil
@@ -208,12 +207,14 @@ def summary(rows):
                          f"pairs (95 % interval {low:.0f} to {high:.0f})")  # fmt: skip
             low, high = interval((own, chance), improvement)
             lines.append(f"{group}: relative improvement over the average random cell "
-                         f"{improvement(own, chance):+.2f} % ({low:+.2f} to {high:+.2f})")  # fmt: skip
+                         f"{improvement(own, chance):+.2f} % "
+                         f"({low:+.2f} to {high:+.2f})")  # fmt: skip
         if "supernet" in members[0] and len(own) > 2:
             supernet = [r["supernet"] for r in members]
             low, high = interval((supernet, own), tau, paired=True)
             lines.append(f"{group}: Kendall's tau between the accuracies in the supernet and after "
-                         f"training {tau(supernet, own):+.2f} ({low:+.2f} to {high:+.2f})")  # fmt: skip
+                         f"training {tau(supernet, own):+.2f} "
+                         f"({low:+.2f} to {high:+.2f})")  # fmt: skip
     return "\n".join(lines)
 
 

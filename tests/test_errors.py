@@ -265,10 +265,11 @@ def test_help_names_every_flag_without_torch(tmp_path, prog):
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(place, tmp_path):
+    import runs
     import utils
 
     whole = (place / "search/checkpoint.pt").read_bytes()
-    state = utils.load_checkpoint(place / "search/checkpoint.pt")
+    state = runs.load_checkpoint(place / "search/checkpoint.pt")
     rng = random.Random(0)
     noticed = 0
     for _ in range(60):
@@ -276,7 +277,7 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(place, tmp_path):
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         (tmp_path / "checkpoint.pt").write_bytes(damaged)
         try:
-            loaded = utils.load_checkpoint(str(tmp_path / "checkpoint.pt"))
+            loaded = runs.load_checkpoint(str(tmp_path / "checkpoint.pt"))
         except utils.UserError as error:
             assert "checkpoint.pt is damaged" in str(error) and "\n" not in str(error)
             noticed += 1
