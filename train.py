@@ -241,11 +241,16 @@ def train_epoch(net, batches, optimizer, args, progress):
 
 
 def cost(net, image_size):
-    """Parameters, and multiply-adds of an image; both without the auxiliary head."""
+    """Parameters, and multiply-adds of an image; both without the auxiliary head.
+
+    Multiply-adds are those of convolutions and linear layers. They are counted on the meta device,
+    where nothing is computed: the counter does not know all that 1×1 convolutions call on a CPU.
+    """
     parameters = sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
-    image = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
+    with torch.device("meta"):
+        twin, image = model.from_config(net.config).eval(), torch.empty(1, 3, *2 * [image_size])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.eval()(image)
+        twin(image)
     return parameters, counter.get_total_flops() // 2  # a multiply-add is two operations
 
 
