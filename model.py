@@ -103,7 +103,10 @@ class Skeleton(nn.Module):
 
 
 class PoolTo2x2(nn.Module):
-    """Average pooling to 2×2 pixels; of 8×8 with windows of 5 and stride 3, as DARTS pools."""
+    """Average pooling to 2×2 pixels at any size.
+
+    DARTS' windows of 5 are those of 8×8 pixels (CIFAR, stride 3) and of 7×7 (ImageNet, stride 2).
+    """
 
     def forward(self, x):
         size = x.shape[-1]
@@ -120,7 +123,7 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.ReLU(),
-            nn.AvgPool2d(5, stride=2) if imagenet else PoolTo2x2(),
+            PoolTo2x2(),
             nn.Conv2d(C, 128, 1, bias=False),
             BatchNorm2d(128),
             nn.ReLU(inplace=True),
@@ -220,7 +223,11 @@ class NetworkCIFAR(_Network):
 
 
 class NetworkImageNet(_Network):
-    """Network of a genotype for images of 224×224 pixels; parameters as in `NetworkCIFAR`."""
+    """Network of a genotype for images of 224×224 pixels; parameters as in `NetworkCIFAR`.
+
+    Other sizes must be multiples of 32: the resolution is halved five times, and a
+    FactorizedReduce halves even sizes only.
+    """
 
     imagenet = True
 
