@@ -291,7 +291,7 @@ def resume(args, kind):
             f"--resume {args.resume}: that is not a checkpoint of a {kind} run; search.py resumes "
             "searches, and train.py trainings"
         )
-    saved = dict(checkpoint["args"])
+    saved = {**vars(args), **checkpoint["args"]}  # a flag that is newer than the run: its default
     for name in args.typed:
         value = getattr(args, name)
         if name in FREE or (name == "epochs" and value > saved["epochs"]):

@@ -1,6 +1,7 @@
 """What both scripts need around their loops: how they end, devices, random states, meters."""
 
 import contextlib
+import functools
 import math
 import random
 import shlex
@@ -154,6 +155,20 @@ def cosine(epoch, epochs, high, low):
     return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def warm_up_linear(epoch, epochs, high):
+    """Learning rate of an epoch, counted from 0, of the ImageNet recipe.
+
+    It rises in 5 steps to ``high``, falls in a line towards 0, and in the last 5 epochs, in a line
+    of a fifth of the slope, ends just above 0. A run too short for all this loses the middle
+    first: one of 6 to 10 epochs goes from the warm-up into the last line, one of at most 5 is all
+    warm-up.
+    """
+    if epoch < 5:
+        return high * (epoch + 1) / 5
+    left = epochs - epoch
+    return high * (left - 5 if left > 5 else left / 5) / (epochs - 5)
+
+
 def set_learning_rate(optimizer, learning_rate):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -169,10 +184,18 @@ def forget(optimizer, parameters):
 
 
 class Meter:
-    """Mean loss and accuracy of an epoch, added up on the device and read only when asked for."""
+    """Mean loss and accuracy of an epoch, added up on the device and read only when asked for.
 
-    def __init__(self, device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
+    Parameters
+    ----------
+    device : torch.device
+    top5 : bool
+        Whether to count also the images whose label is among the 5 largest logits.
+    """
+
+    def __init__(self, device, top5=False):
+        # loss, images, correct, correct among 5
+        self.sums = torch.zeros(3 + top5, dtype=torch.float64, device=device)
         self.batches = 0
         self.first_bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
 
@@ -180,23 +203,25 @@ class Meter:
         """Add a batch: its mean loss (0-dim tensor), logits (batch, classes), labels (batch,)."""
         self.batches += 1
         loss, n = loss.detach().double(), len(labels)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([loss * n, correct, correct.new_full((), n)])
+        correct = [(logits.detach().argmax(1) == labels).sum()]
+        if len(self.sums) > 3:
+            correct.append((logits.detach().topk(5).indices == labels[:, None]).sum())
+        self.sums += torch.stack([loss * n, labels.new_full((), n), *correct])
         bad = torch.where(loss.isfinite(), torch.inf, float(self.batches))
         self.first_bad = torch.minimum(self.first_bad, bad)
 
     def read(self):
-        """Mean loss and accuracy in percent. Waits for the device.
+        """Mean loss, accuracy in percent and, if counted, top-5 accuracy. Waits for the device.
 
         Raises
         ------
         Diverged
             With the number of the first batch (from 1) whose loss was not finite.
         """
-        loss, correct, n, first_bad = [*self.sums.tolist(), self.first_bad.item()]
+        (loss, n, *correct), first_bad = self.sums.tolist(), self.first_bad.item()
         if math.isfinite(first_bad):
             raise Diverged(int(first_bad))
-        return loss / n, 100 * correct / n
+        return loss / n, *(100 * count / n for count in correct)
 
 
 class Diverged(Exception):
@@ -295,16 +320,17 @@ def data_flags(args):
     )
 
 
-def losses(logits, logits_aux, labels, auxiliary_weight):
+def losses(logits, logits_aux, labels, auxiliary_weight, label_smoothing=0.0):
     """Cross-entropy, and its sum with that of the auxiliary head (if any) times its weight."""
-    loss = F.cross_entropy(logits.float(), labels)
+    cross_entropy = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
+    loss = cross_entropy(logits.float(), labels)
     if logits_aux is None:
         return loss, loss
-    return loss, loss + auxiliary_weight * F.cross_entropy(logits_aux.float(), labels)
+    return loss, loss + auxiliary_weight * cross_entropy(logits_aux.float(), labels)
 
 
 @torch.no_grad()
-def evaluate(net, batches, amp=False):
+def evaluate(net, batches, amp=False, top5=False):
     """Mean cross-entropy and accuracy (percent) of a network in evaluation mode.
 
     Parameters
@@ -314,10 +340,12 @@ def evaluate(net, batches, amp=False):
     batches : data.Batches
     amp : bool
         Whether to compute in bfloat16 where that is safe.
+    top5 : bool
+        Whether to return also the top-5 accuracy (percent).
     """
     net.eval()
     device = next(net.parameters()).device
-    meter = Meter(device)
+    meter = Meter(device, top5)
     for x, y in batches:
         with autocast(device, amp):
             logits, _ = net(x)

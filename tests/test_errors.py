@@ -306,9 +306,9 @@ def test_the_last_good_checkpoint_survives_divergence(tmp_path):
     meddle.write_text(
         "import torch.nn.functional as F\n"
         "whole, calls = F.cross_entropy, []\n"
-        "def cross_entropy(logits, y):\n"
+        "def cross_entropy(logits, y, **options):\n"
         "    calls.append(1)\n"
-        "    return whole(logits, y) * (float('inf') if len(calls) > 12 else 1)\n"
+        "    return whole(logits, y, **options) * (float('inf') if len(calls) > 12 else 1)\n"
         "F.cross_entropy = cross_entropy\n"
     )
     done = Process(*TWO_STAGE, "--epochs", 3, "--save", "d", cwd=tmp_path, meddle=meddle)
