@@ -6,26 +6,34 @@
     python train.py --arch random:3                           # a random cell, for comparison
     python train.py --resume runs/train-20201206-101500       # go on after an interruption
     python train.py --evaluate --weights runs/NAME/network.pt # measure a trained network
+    python train.py --dataset imagenet --data DIR --arch ISTA_ImageNet
 
 The recipe is that of DARTS: SGD with a cosine learning rate, cutout, an auxiliary head, and a
-drop-path probability that rises with the epochs. The network after the last epoch is in
-network.pt, the best of all epochs in network-best.pt. Nothing is selected by the test accuracy but
-that name.
+drop-path probability that rises with the epochs; for ImageNet, a linear learning rate and label
+smoothing. The network after the last epoch is in network.pt, the best of all epochs in
+network-best.pt. Nothing is selected by the test accuracy but that name.
 """
+
+import os
 
 import arguments
 import genotypes
 
 CIFAR = dict(
-    init_channels=36, layers=20, batch_size=96, epochs=600, seed=0,
-    learning_rate=0.025, learning_rate_min=0.0, weight_decay=3e-4,
+    init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=0,
+    learning_rate=0.025, learning_rate_min=0.0, weight_decay=3e-4, label_smoothing=0.0,
     auxiliary=True, cutout=True, drop_path_prob=0.2,
+)  # fmt: skip
+IMAGENET = dict(
+    init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250, seed=0,
+    learning_rate=0.5, learning_rate_min=0.0, weight_decay=3e-5, label_smoothing=0.1,
+    auxiliary=True, cutout=False, drop_path_prob=0.0,
 )  # fmt: skip
 
 
 def get_args_parser():
     parser = arguments.Parser(prog="train.py", description=__doc__)
-    arguments.add_shared(parser)
+    arguments.add_shared(parser, [*arguments.DATASETS, "imagenet"])
     group = parser.add_argument_group("what to train or evaluate")
     group.add_argument(
         "--arch", metavar="GENOTYPE",
@@ -38,11 +46,20 @@ def get_args_parser():
         "(the latter needs --arch)",
     )  # fmt: skip
     group.add_argument(
+        "--label_smoothing", type=arguments.real(0, 1), metavar="P",
+        help="part of each label that is spread over all classes",
+    )  # fmt: skip
+    group.add_argument(
         "--evaluate", action="store_true",
         help="measure the network of --weights or --resume on the test set, and do nothing else",
     )  # fmt: skip
-    parser.show_defaults(published=CIFAR)
+    parser.show_defaults(cifar=CIFAR, imagenet=IMAGENET)
     return parser
+
+
+def published(typed):
+    """The published setting of the data set that the typed flags name."""
+    return IMAGENET if typed.get("dataset") == "imagenet" else CIFAR
 
 
 def check(args):
@@ -61,12 +78,36 @@ def check(args):
             "--arch is missing: give a genotype.json that search.py wrote, or one of "
             f"{', '.join(genotypes.NAMED)}"
         )
+    if args.dataset == "imagenet" and not args.resume:
+        check_imagenet(args)
+
+
+def check_imagenet(args):
+    if not os.path.isdir(args.data):
+        raise ValueError(
+            f"--data {args.data} is not a folder: --dataset imagenet reads DIR/train/<class>/* and "
+            "DIR/val/<class>/*"
+        )
+    if args.image_size % 32:
+        raise ValueError(
+            f"--image_size must be a multiple of 32 for imagenet, not {args.image_size}: the "
+            "network halves it five times"
+        )
+    if args.init_channels % 2:
+        raise ValueError(f"--init_channels must be even for imagenet, not {args.init_channels}")
+    if args.cutout:
+        raise ValueError("--cutout: the images of imagenet are cropped, not cut; leave it out")
+    if "learning_rate_min" in args.typed:
+        raise ValueError(
+            "--learning_rate_min: the learning rate of imagenet falls in a line to 0; leave it out"
+        )
 
 
 if __name__ == "__main__":  # before torch is imported, so that a typing error is answered at once
     parser = get_args_parser()
-    args = parser.parse_args(published=lambda typed: CIFAR, check=check)
+    args = parser.parse_args(published=published, check=check)
 
+import functools  # noqa: E402
 import shlex  # noqa: E402
 import time  # noqa: E402
 
@@ -75,6 +116,7 @@ from torch.nn.utils import clip_grad_norm_  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import data  # noqa: E402
+import imagenet  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
 import utils  # noqa: E402
@@ -90,18 +132,24 @@ def main(args):
         source = checkpoint
     elif args.weights:
         source = read_weights(args.weights)
-        for name in ("dataset", "data", "image_size"):  # unless told otherwise, the same data
-            if name not in args.typed:
-                setattr(args, name, source["args"].get(name, getattr(args, name)))
+        use_data_of(source["args"], args)
     config = network_config(args, source)
     device = utils.choose_device(args.device)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     notes = []
-    train, test = data.load(
-        args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
-    )
+    if args.dataset == "imagenet":
+        train, test = imagenet.load(args.data)
+        options = dict(image_size=args.image_size, device=device, workers=args.workers)
+        batches = functools.partial(imagenet.Batches, **options)
+    else:
+        train, test = data.load(
+            args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
+        )
+        options = dict(cutout_length=args.cutout_length if args.cutout else 0)
+        batches = functools.partial(data.Batches, channels_last=True, **options)
+    top5 = args.dataset == "imagenet" and len(test.classes) > 5
     notes += utils.fit_to_data(args, len(train))
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
@@ -112,7 +160,7 @@ def main(args):
     if source:
         load_weights(net, source["model"], args.weights or args.resume)
     net = net.to(device, memory_format=torch.channels_last)
-    test_batches = data.Batches(test, args.batch_size, train=False, channels_last=True)
+    test_batches = batches(test, args.batch_size, train=False)
     parameters, multiply_adds = cost(net, args.image_size)
     notes.append(
         f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds "
@@ -122,18 +170,16 @@ def main(args):
     if args.evaluate:
         for note in notes:
             print(note)
-        loss, accuracy = utils.evaluate(net, test_batches, args.amp)
-        print(f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %, loss {loss:.4f}, "
-              f"on {len(test)} images of {args.dataset}")  # fmt: skip
+        loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
+        print(f"test accuracy {accuracies[0]:.2f} %, error {100 - accuracies[0]:.2f} %, "
+              + (f"top-5 accuracy {accuracies[1]:.2f} %, " if top5 else "")
+              + f"loss {loss:.4f}, on {len(test)} images of {args.dataset}")  # fmt: skip
         return
 
     # --------------------------------------------------------------------------------------------
     # A new run, or an old one from where it stopped
     # --------------------------------------------------------------------------------------------
-    train_batches = data.Batches(
-        train, args.batch_size, train=True, generator=generator, channels_last=True,
-        cutout_length=args.cutout_length if args.cutout else 0,
-    )  # fmt: skip
+    train_batches = batches(train, args.batch_size, train=True, generator=generator)
     optimizer = torch.optim.SGD(
         net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
         foreach=True,
@@ -156,8 +202,8 @@ def main(args):
                      "fewer --init_channels, --layers and --epochs help")  # fmt: skip
     for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
         run.log(note)
-    columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc", "best acc",
-               "time", "left"]  # fmt: skip
+    columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc",
+               *["test top-5"] * top5, "best acc", "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
 
     # --------------------------------------------------------------------------------------------
@@ -165,7 +211,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     while epoch < args.epochs:
         began = time.time()
-        learning_rate = utils.cosine(epoch, args.epochs, args.learning_rate, args.learning_rate_min)
+        learning_rate = scheduled(epoch, args)
         utils.set_learning_rate(optimizer, learning_rate)
         net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         epoch += 1
@@ -177,10 +223,10 @@ def main(args):
         ) as progress:
             meter = train_epoch(net, train_batches, optimizer, args, progress)
             row["train_loss"], row["train_accuracy"] = meter.read()
-            loss, accuracy = utils.evaluate(net, test_batches, args.amp)
-            is_best = accuracy > best
-            best = max(best, accuracy)
-            row.update(test_loss=loss, test_accuracy=accuracy, best_accuracy=best)
+            loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
+            is_best = accuracies[0] > best
+            best = max(best, accuracies[0])
+            row.update(test_loss=loss, **named(accuracies), best_accuracy=best)
 
             row.update(parameters=parameters, multiply_adds=multiply_adds)
             row["seconds"] = time.time() - began
@@ -188,7 +234,7 @@ def main(args):
             run.log(utils.table_row(columns, [
                 name, f"{learning_rate:.4f}",
                 f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
-                f"{loss:.3f}", f"{accuracy:.2f} %", f"{best:.2f} %",
+                f"{loss:.3f}", *(f"{value:.2f} %" for value in [*accuracies, best]),
                 utils.duration(row["seconds"]),
                 utils.duration(row["seconds"] * (args.epochs - epoch)),
             ]))  # fmt: skip
@@ -206,14 +252,29 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     # What came out, and what to do with it
     # --------------------------------------------------------------------------------------------
-    loss, accuracy = utils.evaluate(net, test_batches, args.amp)
-    runs.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
+    _, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
+    about = dict(epoch=epoch, **named(accuracies))
+    runs.save_network(run.file("network.pt"), net, args, about)
     run.draw()
-    run.log(f"test accuracy {accuracy:.2f} % after the last epoch (network.pt), "
+    run.log(f"test accuracy {accuracies[0]:.2f} % after the last epoch (network.pt), "
             f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
+    if top5:
+        run.log(f"top-5 accuracy {accuracies[1]:.2f} % after the last epoch")
     run.log(f"genotype = {genotypes.from_lists(config['genotype'])}")
     run.log("to measure the network again:")
     run.log(f"    python train.py --evaluate --weights {shlex.quote(run.file('network.pt'))}")
+
+
+def named(accuracies):
+    """What `utils.evaluate` has measured besides the loss, under its names in metrics.jsonl."""
+    return dict(zip(("test_accuracy", "test_top5_accuracy"), accuracies, strict=False))
+
+
+def scheduled(epoch, args):
+    """Learning rate of an epoch, counted from 0."""
+    if args.dataset == "imagenet":
+        return utils.warm_up_linear(epoch, args.epochs, args.learning_rate)
+    return utils.cosine(epoch, args.epochs, args.learning_rate, args.learning_rate_min)
 
 
 def train_epoch(net, batches, optimizer, args, progress):
@@ -230,7 +291,9 @@ def train_epoch(net, batches, optimizer, args, progress):
     for x, y in batches:
         with utils.autocast(device, args.amp):
             logits, logits_aux = net(x)
-        loss, total = utils.losses(logits, logits_aux, y, args.auxiliary_weight)
+        loss, total = utils.losses(
+            logits, logits_aux, y, args.auxiliary_weight, args.label_smoothing
+        )
         optimizer.zero_grad()
         total.backward()
         clip_grad_norm_(parameters, args.grad_clip)
@@ -252,6 +315,25 @@ def cost(net, image_size):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(image)
     return parameters, counter.get_total_flops() // 2  # a multiply-add is two operations
+
+
+def use_data_of(saved, args):
+    """Unless told otherwise, the data that a network was trained on, and the recipe for them.
+
+    Parameters
+    ----------
+    saved : dict
+        Arguments of the run that the network is from, or none.
+    args : argparse.Namespace
+        To be changed.
+    """
+    known = {name: saved[name] for name in ("dataset", "data", "image_size") if name in saved}
+    typed = {name: getattr(args, name) for name in args.typed}
+    vars(args).update({**published({**known, **typed}), **known, **typed})
+    try:
+        check(args)
+    except ValueError as error:
+        raise utils.UserError(error) from None
 
 
 def network_config(args, source):
@@ -298,7 +380,13 @@ def network_config(args, source):
         if flag in args.typed:
             config[flag] = getattr(args, flag)
     args.auxiliary = config.setdefault("auxiliary", args.auxiliary)
-    return {"imagenet": False, **config}
+    is_for_imagenet = args.dataset == "imagenet"
+    if config.setdefault("imagenet", is_for_imagenet) != is_for_imagenet:
+        raise utils.UserError(
+            f"{args.weights} is a network for {'imagenet' if config['imagenet'] else 'CIFAR'}, "
+            f"with another stem than those for {args.dataset}: give its --dataset and --data"
+        )
+    return config
 
 
 # ------------------------------------------------------------------------------------------------
@@ -335,7 +423,9 @@ def read_weights(path):
         for name, value in state.get("state_dict", state).items()
     }
     try:
-        return {"model": weights, "network": model.shape_of(weights), "args": {}}
+        network = model.shape_of(weights)
+        about = {"dataset": "imagenet"} if network["imagenet"] else {}
+        return {"model": weights, "network": network, "args": about}
     except (KeyError, AttributeError, IndexError, ValueError):
         raise utils.UserError(f"{path} holds no weights of a DARTS network") from None
 
