@@ -7,7 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -107,3 +110,16 @@ def assert_same_run(a, b):
             assert_same(x, y, name)
     x, y = (json.loads((path / "genotype.json").read_text()) for path in (a, b))
     assert x["normal"] == y["normal"] and x["reduce"] == y["reduce"]
+
+
+def imagenet_of_digits(root):
+    """Make a folder in ImageNet's layout, with 12 and 4 images of each of the digits 0 to 6."""
+    digits = load_digits()
+    for label in range(7):
+        pixels = digits.images[digits.target == label][:16] * (255 / 16)
+        for k, image in enumerate(pixels.astype(np.uint8)):
+            folder = root / ("train" if k < 12 else "val") / f"n{label:08}"
+            folder.mkdir(parents=True, exist_ok=True)
+            # As in ImageNet: of many sizes, most in colour, some grey, some CMYK.
+            image = Image.fromarray(image).convert(("RGB", "RGB", "L", "CMYK")[k % 4])
+            image.resize((40 + k, 48)).save(folder / f"{k}.JPEG")

@@ -1,0 +1,269 @@
+"""ImageNet in train.py: the recipe, what the network costs, and runs on small images."""
+
+import importlib.util
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripts import ENVIRONMENT, ROOT, Process, assert_same_run, imagenet_of_digits, rows, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import genotypes
+import model
+import train
+import utils
+
+spec = importlib.util.spec_from_file_location("plain", ROOT / "benchmarks" / "plain.py")
+plain = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plain)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that holds handwritten digits in ImageNet's layout, 12 and 4 of each class."""
+    place = tmp_path_factory.mktemp("place")
+    imagenet_of_digits(place / "images")
+    return place
+
+
+RUN = [
+    "train.py", "--dataset", "imagenet", "--data", "images", "--image_size", "32", "--arch",
+    "ISTA_ImageNet", "--init_channels", "2", "--layers", "3", "--batch_size", "16", "--epochs", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    return run(*RUN, "--save", "run", cwd=place).stdout
+
+
+# ------------------------------------------------------------------------------------------------
+# Recipe and cost
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_flag_of_the_data_set_means_the_published_recipe():
+    args = train.get_args_parser().parse_args(
+        ["--arch", "ISTA_ImageNet", "--dataset", "imagenet"], published=train.published
+    )
+    recipe = dict(init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250, seed=0,
+                  learning_rate=0.5, momentum=0.9, weight_decay=3e-5, grad_clip=5, auxiliary=True,
+                  auxiliary_weight=0.4, drop_path_prob=0, cutout=False, label_smoothing=0.1,
+                  data="data")  # fmt: skip
+    assert {**vars(args), **recipe} == vars(args)
+    args = train.get_args_parser().parse_args([], published=train.published)
+    assert args.label_smoothing == 0 and args.image_size == 32 and args.cutout
+
+
+def test_the_published_learning_rate():
+    rate = [utils.warm_up_linear(t, 250, 0.5) for t in range(250)]
+    assert rate[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rate[5:245] == pytest.approx([0.5 * (245 - t) / 245 for t in range(5, 245)])
+    assert rate[245:] == pytest.approx([0.5 * (250 - t) / (5 * 245) for t in range(245, 250)])
+
+
+@pytest.mark.parametrize("epochs", range(1, 13))
+def test_the_learning_rate_of_short_runs(epochs):
+    rate = [utils.warm_up_linear(t, epochs, 0.5) for t in range(epochs)]
+    assert all(0 < r <= 0.5 for r in rate)
+    top = min(epochs, 5) - 1
+    assert rate[top] == max(rate) == pytest.approx(0.1 * (top + 1))
+    assert rate[:top] == sorted(rate[:top]) and rate[top:] == sorted(rate[top:], reverse=True)
+
+
+def test_label_smoothing_applies_to_both_losses():
+    logits, logits_aux = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6)
+
+    def smooth(logits):
+        target = torch.full((6, 10), 0.1 / 10)
+        target[range(6), labels] += 0.9
+        return -(target * logits.log_softmax(1)).sum(1).mean()
+
+    loss, total = utils.losses(logits, logits_aux, labels, 0.4, 0.1)
+    torch.testing.assert_close(loss, smooth(logits))
+    torch.testing.assert_close(total, smooth(logits) + 0.4 * smooth(logits_aux))
+
+
+def test_top5_accuracy():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 9, generator=generator), torch.arange(50) % 9
+    meter = utils.Meter(torch.device("cpu"), top5=True)
+    for part in (slice(0, 32), slice(32, 50)):
+        meter.add(torch.tensor(2.0), logits[part], labels[part])
+    rank = [sorted(row, reverse=True).index(row[y]) for row, y in zip(logits.tolist(), labels,
+                                                                      strict=True)]  # fmt: skip
+    top1, top5 = (100 * sum(r < k for r in rank) / 50 for k in (1, 5))
+    assert meter.read() == pytest.approx((2.0, top1, top5)) and top1 < top5 < 100
+
+
+class Work(TorchDispatchMode):
+    """Count as ptflops does: 1 a multiply-add, rectified or pooled element, 2 a normalised one."""
+
+    def __init__(self):
+        super().__init__()
+        kinds = ("convolution", "addmm", "native_batch_norm", "relu", "mean", "max_pool2d")
+        self.counts = dict.fromkeys(kinds, 0)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__.removesuffix("_with_indices").removesuffix("_")
+        if name in self.counts:
+            if name == "convolution":
+                self.counts[name] += out.numel() * args[1][0].numel()
+            elif name == "addmm":
+                self.counts[name] += args[1].numel() * args[2].shape[1]
+            else:
+                self.counts[name] += args[0].numel() * (2 if name == "native_batch_norm" else 1)
+        return out
+
+
+DARTS_V2 = (
+    "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), "
+    "('sep_conv_3x3', 1), ('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), "
+    "('dil_conv_3x3', 2)], normal_concat=[2, 3, 4, 5], reduce=[('max_pool_3x3', 0), "
+    "('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 1), ('max_pool_3x3', 0), "
+    "('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)], reduce_concat=[2, 3, 4, 5])"
+)
+
+
+@pytest.mark.parametrize("arch, multiply_adds, published, rounding", [
+    ("ISTA_ImageNet", 621_084_480, 638e6, 0.5e6),  # the paper
+    (DARTS_V2, 529_911_552, 544.59e6, 5e3),  # ptflops, in github.com/quark0/darts/issues/46
+])  # fmt: skip
+def test_published_multiply_adds_are_those_of_ptflops(arch, multiply_adds, published, rounding):
+    with torch.device("meta"):
+        net = model.NetworkImageNet(48, 1000, 14, True, genotypes.load(arch)[0]).eval()
+        image = torch.empty(1, 3, 224, 224)
+    assert train.cost(net, 224)[1] == multiply_adds
+    with torch.no_grad(), Work() as work:
+        plain.network(net, image)
+    assert work.counts["convolution"] + work.counts["addmm"] == multiply_adds
+    assert abs(sum(work.counts.values()) - published) < rounding
+
+
+def test_cost_is_that_of_the_published_networks():
+    for one_stage, parameters in ((False, 5_651_392), (True, 5_655_232)):
+        net = model.NetworkImageNet(48, 1000, 14, True, genotypes.ISTA_ImageNet, one_stage)
+        assert train.cost(net, 224) == (parameters, 621_084_480)
+    net = model.NetworkCIFAR(36, 10, 20, True, genotypes.ISTA_twostage)
+    assert train.cost(net, 32) == (3_316_726, 515_226_240)
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 256])
+def test_the_auxiliary_head_speaks_at_any_size(image_size):
+    net = model.NetworkImageNet(2, 7, 3, True, genotypes.ISTA_ImageNet)
+    logits, logits_aux = net(torch.randn(2, 3, image_size, image_size))
+    assert logits.shape == logits_aux.shape == (2, 7)
+
+
+def test_the_auxiliary_head_pools_as_darts_does_at_224_pixels():
+    x = torch.randn(2, 5, 7, 7)
+    darts = torch.nn.AvgPool2d(5, stride=2, padding=0, count_include_pad=False)
+    assert torch.equal(model.AuxiliaryHead(5, 10, imagenet=True).features[1](x), darts(x))
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reports_top5(place, trained):
+    metrics = rows(place / "run/metrics.jsonl")
+    assert [row["learning_rate"] for row in metrics] == pytest.approx([0.1, 0.2])
+    assert [row["drop_path_prob"] for row in metrics] == [0, 0]
+    for row in metrics:
+        assert row["test_accuracy"] < row["test_top5_accuracy"] <= 100
+        assert f"{row['test_top5_accuracy']:.2f} %" in trained
+    assert re.search(r"test acc +test top-5 +best acc", trained)
+    about = torch.load(place / "run/network.pt", weights_only=True)["about"]
+    assert about["test_top5_accuracy"] == metrics[-1]["test_top5_accuracy"]
+
+
+def test_a_killed_run_ends_as_the_whole_one(place, trained, tmp_path):
+    (tmp_path / "images").symlink_to(place / "images")
+    meddle = tmp_path / "meddle.py"
+    meddle.write_text(
+        "import os, signal, torch\n"
+        "whole, calls = torch.save, []\n"
+        "def save(state, path):\n"
+        "    calls.extend([1] * ('checkpoint' in path))\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    whole(state, path)\n"
+        "torch.save = save\n"
+    )
+    process = Process(*RUN, "--save", "run", cwd=tmp_path, meddle=meddle)
+    assert process.wait() == -signal.SIGKILL
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] == 1
+    run("train.py", "--resume", "run", cwd=tmp_path)
+    assert_same_run(place / "run", tmp_path / "run")
+
+
+def test_evaluation_measures_the_same_from_every_file(place, trained):
+    accuracy, top5 = (re.search(rf"{name} (\S+) % after the last", trained)[1]
+                      for name in ("test accuracy", "top-5 accuracy"))  # fmt: skip
+    weights = torch.load(place / "run/network.pt", weights_only=True)["model"]
+    torch.save(weights, place / "plain.pt")
+    for flags in (
+        ["--weights", "run/network.pt", "--workers", 0], ["--resume", "run"],
+        ["--weights", "plain.pt", "--arch", "ISTA_ImageNet", "--data", "images", "--image_size",
+         "32"],
+    ):  # fmt: skip
+        stdout = run("train.py", "--evaluate", *flags, cwd=place).stdout
+        assert f"test accuracy {accuracy} %" in stdout and f"top-5 accuracy {top5} %" in stdout
+
+
+def test_training_goes_on_from_weights_with_the_recipe_of_imagenet(place, trained):
+    flags = ["--weights", "run/network.pt", "--epochs", 1, "--save", "more"]
+    stdout = run("train.py", *flags, cwd=place).stdout
+    assert "--batch_size is 84" in stdout
+    state = torch.load(place / "more/checkpoint.pt", weights_only=True)
+    expected = dict(learning_rate=0.5, label_smoothing=0.1, cutout=False, image_size=32)
+    assert {**state["args"], **expected} == state["args"]
+    assert state["row"]["learning_rate"] == 0.1
+
+
+def test_a_broken_image_is_named_in_one_line(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "images")
+    for part, k, workers in (("train", 3, 2), ("val", 13, 0)):
+        path = tmp_path / "images" / part / "n00000002" / f"{k}.JPEG"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        done = run(*RUN, "--workers", workers, "--save", part, cwd=tmp_path, status=2)
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
+        assert done.stderr.startswith(f"train.py: error: images/{part}/n00000002/{k}.JPEG cannot")
+        path.write_bytes(whole)
+
+
+EARLY = [
+    (["search.py", "--dataset", "imagenet"], "choose from 'cifar10'"),
+    ([*RUN, "--data", "nowhere"], "not a folder"),
+    ([*RUN, "--image_size", "48"], "multiple of 32"),
+    ([*RUN, "--init_channels", "3"], "even"),
+    ([*RUN, "--cutout"], "--cutout"),
+    ([*RUN, "--learning_rate_min", "0"], "--learning_rate_min"),
+    ([*RUN, "--label_smoothing", "1"], "number in [0, 1)"),
+]
+
+
+@pytest.mark.parametrize("command, says", EARLY)
+def test_answered_at_once(place, tmp_path, command, says):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = subprocess.run(
+        [sys.executable, ROOT / command[0], *command[1:]], cwd=place, capture_output=True,
+        text=True, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{command[0]}: error: ") and says in done.stderr
+
+
+def test_networks_and_data_of_different_kinds_are_refused(place, trained):
+    flags = ["--weights", "run/network.pt", "--dataset", "digits"]
+    done = run("train.py", "--evaluate", *flags, cwd=place, status=2)
+    assert done.stderr.count("\n") == 1 and "is a network for imagenet" in done.stderr
+    done = run("train.py", "--weights", "run/network.pt", "--cutout", cwd=place, status=2)
+    assert done.stderr.count("\n") == 1 and "--cutout" in done.stderr
