@@ -208,21 +208,19 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self):
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:  # a worker was killed, or shared memory is full
-                raise DataError(
-                    f"images could not be read ({str(error).splitlines()[0]}): "
-                    "give fewer --workers, or 0"
-                ) from error
-            if batch is None:
-                return
+        for batch in self._read():
             if isinstance(batch, DataError):
                 raise batch
             pixels, labels = (part.to(self.device, non_blocking=True) for part in batch)
             yield normalize(pixels.permute(0, 3, 1, 2), MEAN, STD), labels
+
+    def _read(self):
+        try:
+            yield from self.loader
+        except RuntimeError as error:  # a worker was killed, or shared memory is full
+            raise DataError(
+                f"images could not be read ({error}): give fewer --workers, or 0"
+            ) from error
 
 
 class _Reader:
@@ -265,6 +263,7 @@ def _collate(samples):
 
 
 def _start_worker(worker):
-    # Ctrl-C reaches all processes of a terminal; the main one ends the step and then the workers.
+    # Ctrl-C, and some schedulers' SIGTERM, reach all processes at once. The main one then ends its
+    # step, and its loader would raise an error if a worker's exit status were not 0.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))

@@ -274,7 +274,7 @@ class Epoch:
                 f"{self.learning_rate:.4g}; try a smaller --learning_rate or --grad_clip in a new "
                 f"run; {self.run.how_to_resume()}"
             ) from None
-        if kind is None:
+        if kind in (None, data.DataError):  # the signal may have ended the readers of data too
             signals.check()
 
     def step(self, meter):

@@ -1,11 +1,13 @@
 """ImageNet in train.py: the recipe, what the network costs, and runs on small images."""
 
 import importlib.util
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -201,6 +203,20 @@ def test_a_killed_run_ends_as_the_whole_one(place, trained, tmp_path):
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] == 1
     run("train.py", "--resume", "run", cwd=tmp_path)
     assert_same_run(place / "run", tmp_path / "run")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_the_step(place, tmp_path, signum):
+    (tmp_path / "images").symlink_to(place / "images")
+    (tmp_path / "meddle.py").write_text("import os\nos.setpgid(0, 0)\n")
+    process = Process(*RUN, "--epochs", 99, "--save", "run", cwd=tmp_path,
+                      meddle=tmp_path / "meddle.py")  # fmt: skip
+    deadline = time.time() + 60
+    while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signum)
+    assert process.wait() == 128 + signum, process.stdout + process.stderr
+    assert process.stderr == f"train.py: stopped by {signum.name}\n"
 
 
 def test_evaluation_measures_the_same_from_every_file(place, trained):
