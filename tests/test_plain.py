@@ -30,7 +30,8 @@ _spec.loader.exec_module(plain)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 SETTINGS = SimpleNamespace(
     learning_rate=0.1, momentum=0.9, weight_decay=3e-4, arch_learning_rate=6e-4,
-    arch_weight_decay=1e-3, grad_clip=5.0, auxiliary_weight=0.4, amp=False, recover_every="epoch",
+    arch_weight_decay=1e-3, grad_clip=5.0, auxiliary_weight=0.4, label_smoothing=0.0, amp=False,
+    recover_every="epoch",
 )  # fmt: skip
 
 
