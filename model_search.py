@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import distributed
 import ista
 from genotypes import NODES, PRIMITIVES, Genotype, as_lists
 from model import NetworkCIFAR, Skeleton, preprocess
@@ -299,6 +300,10 @@ class Network(Skeleton):
         arch = {id(b) for b in self.arch_parameters()}
         return [p for p in self.parameters() if id(p) not in arch]
 
+    def idle_parameters(self):
+        """The parameters of the operations outside the support."""
+        return [p for operations, op in self._outside() for p in operations[op].parameters()]
+
     def genotype(self):
         """The support as a Genotype: at each node its pairs by input node, then operation."""
         concat = range(2, 2 + NODES)
@@ -311,6 +316,8 @@ class Network(Skeleton):
 
     def recover(self, solver="homotopy", freeze_tol=None, max_params=None):
         """Refresh codes and supports from the points b.
+
+        Of several processes the first does so, and the others take its codes over.
 
         Parameters
         ----------
@@ -331,6 +338,19 @@ class Network(Skeleton):
         ista.SolverUnavailable
             If the solver needs a package or a licence that is not here.
         """
+        recovery, codes = distributed.on_first(
+            lambda: (self._recover(solver, freeze_tol, max_params), self._codes_state())
+        )
+        if distributed.rank() > 0:
+            super().load_state_dict(codes, strict=False)
+        return recovery
+
+    def _codes_state(self):
+        names = ("normal_code", "reduce_code")
+        states = [getattr(self, name).state_dict(prefix=f"{name}.") for name in names]
+        return {key: value.cpu() for state in states for key, value in state.items()}
+
+    def _recover(self, solver, freeze_tol, max_params):
         last = [[z.clone() for z in code.z] for code in self.codes]
         last_pairs = [set(node) for code in self.codes for node in code.support]
         not_converged = sum(code.recover(solver) for code in self.codes)
@@ -412,16 +432,20 @@ class Network(Skeleton):
         list of nn.Parameter
             What they held, for an optimizer to forget.
         """
-        dropped = []
+        dropped = self.idle_parameters()
+        for operations, op in self._outside():
+            operations[op] = None
+        return dropped
+
+    def _outside(self):
+        """The operations outside the support: of each, the list that holds it and its place."""
         for cell in self.cells:
-            code = self.codes[cell.reduction]
+            support = self.codes[cell.reduction].support
             for j in range(NODES):
                 for edge, mixed in enumerate(cell.edges(j)):
                     for op, layer in enumerate(mixed._ops):
-                        if layer is not None and (edge, op) not in code.support[j]:
-                            dropped += layer.parameters()
-                            mixed._ops[op] = None
-        return dropped
+                        if layer is not None and (edge, op) not in support[j]:
+                            yield mixed._ops, op
 
     @torch.no_grad()
     def absorb(self):

@@ -75,6 +75,7 @@ from torch.nn.utils import clip_grad_norm_  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import data  # noqa: E402
+import distributed  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
 import utils  # noqa: E402
@@ -86,7 +87,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     checkpoint = source = None
     if args.resume:
-        checkpoint, args = runs.resume(args, "train")
+        checkpoint, args = distributed.first_before_others(lambda: runs.resume(args, "train"))
         source = checkpoint
     elif args.weights:
         source = read_weights(args.weights)
@@ -99,9 +100,9 @@ def main(args):
     generator = torch.Generator(device).manual_seed(args.seed)
 
     notes = []
-    train, test = data.load(
+    train, test = distributed.first_before_others(lambda: data.load(
         args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
-    )
+    ))  # fmt: skip
     notes += utils.fit_to_data(args, len(train))
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
@@ -112,7 +113,9 @@ def main(args):
     if source:
         load_weights(net, source["model"], args.weights or args.resume)
     net = net.to(device, memory_format=torch.channels_last)
-    test_batches = data.Batches(test, args.batch_size, train=False, channels_last=True)
+    test_batches = data.Batches(
+        test, args.batch_size, train=False, channels_last=True, part=distributed.part()
+    )
     parameters, multiply_adds = cost(net, args.image_size)
     notes.append(
         f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds "
@@ -132,7 +135,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     train_batches = data.Batches(
         train, args.batch_size, train=True, generator=generator, channels_last=True,
-        cutout_length=args.cutout_length if args.cutout else 0,
+        cutout_length=args.cutout_length if args.cutout else 0, part=distributed.part(),
     )  # fmt: skip
     optimizer = torch.optim.SGD(
         net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
@@ -147,15 +150,16 @@ def main(args):
         epoch, best = 0, 0.0
         run = runs.Run.create(args, "train")
         run.log(f"new run in {run.path}")
-        genotypes.save(
-            run.file("genotype.json"), genotypes.from_lists(config["genotype"]),
-            config["one_stage"], arch=args.arch, arguments=runs.plain(args),
+        run.save_genotype(
+            genotypes.from_lists(config["genotype"]), config["one_stage"], arch=args.arch,
+            arguments=runs.plain(args),
         )  # fmt: skip
     if device.type == "cpu":
         notes.append("there is no CUDA device: the published recipe takes weeks on a small CPU; "
                      "fewer --init_channels, --layers and --epochs help")  # fmt: skip
     for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
         run.log(note)
+    averaging = distributed.averaging(net)
     columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc", "best acc",
                "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
@@ -175,7 +179,9 @@ def main(args):
         with utils.Epoch(
             run, name, train_batches, learning_rate, args.report_freq, args.epochs - epoch
         ) as progress:
-            meter = train_epoch(net, train_batches, optimizer, args, progress)
+            net.train()
+            meter = train_epoch(averaging, train_batches, optimizer, args, progress)
+            distributed.average_statistics(net)
             row["train_loss"], row["train_accuracy"] = meter.read()
             loss, accuracy = utils.evaluate(net, test_batches, args.amp)
             is_best = accuracy > best
@@ -195,7 +201,7 @@ def main(args):
             run.append("metrics.jsonl", row)
             run.show(row)
             if is_best:
-                runs.save_network(run.file("network-best.pt"), net, args, row)
+                run.save_network("network-best.pt", net, args, row)
             run.save_checkpoint({
                 "kind": "train", "version": arguments.__version__, "args": runs.plain(args),
                 "epoch": epoch, "best": best, "row": row,
@@ -207,7 +213,7 @@ def main(args):
     # What came out, and what to do with it
     # --------------------------------------------------------------------------------------------
     loss, accuracy = utils.evaluate(net, test_batches, args.amp)
-    runs.save_network(run.file("network.pt"), net, args, dict(epoch=epoch, test_accuracy=accuracy))
+    run.save_network("network.pt", net, args, dict(epoch=epoch, test_accuracy=accuracy))
     run.draw()
     run.log(f"test accuracy {accuracy:.2f} % after the last epoch (network.pt), "
             f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
@@ -223,7 +229,6 @@ def train_epoch(net, batches, optimizer, args, progress):
     -------
     utils.Meter
     """
-    net.train()
     parameters = list(net.parameters())
     device = parameters[0].device
     meter = utils.Meter(device)
