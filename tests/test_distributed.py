@@ -12,8 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import ENVIRONMENT, ONE_STAGE, ROOT, TINY, TRAIN, TWO_STAGE, Process, assert_same
-from scripts import assert_same_run, rows, run
+from scripts import (
+    ENVIRONMENT,
+    ONE_STAGE,
+    ROOT,
+    TINY,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same,
+    assert_same_run,
+    rows,
+    run,
+)
 
 LOOPS = {
     "two-stage": [*TWO_STAGE, "--batch_size", 100],
