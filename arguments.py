@@ -238,6 +238,8 @@ def checkpoint_path(resume):
 
 def check_file(flag, path):
     """Raise ValueError unless `path`, the value of a flag, is a file that can be read."""
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} {path} is a folder: give a file in it, a network.pt say")
     if not os.path.isfile(path):
         raise ValueError(f"{flag} {path}: there is no such file")
     if not os.access(path, os.R_OK):

@@ -218,7 +218,7 @@ def main(args):
             "search, and weeks for the one-stage one; fewer --init_channels and --layers help"
         )
     columns = ["epoch", "lr", "train loss", "train acc", f"{held_out} loss", f"{held_out} acc",
-               "pairs changed", "time", "left"]  # fmt: skip
+               "pairs changed", "memory", "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
 
     # --------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def main(args):
                 name, f"{learning_rate:.4f}",
                 f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
                 f"{loss:.3f}", f"{accuracy:.2f} %", f"{row['changed']} of {8 * args.sparseness}",
-                utils.duration(row["seconds"]),
+                f"{row['peak_memory_gib']:.2f} GiB", utils.duration(row["seconds"]),
                 at_least + utils.duration(row["seconds"] * (last_epoch - epoch)),
             ]))  # fmt: skip
             report(run, args, recoveries)

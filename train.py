@@ -123,11 +123,11 @@ def main(args):
     )
 
     if args.evaluate:
-        for note in notes:
-            print(note)
         loss, accuracy = utils.evaluate(net, test_batches, args.amp)
-        print(f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %, loss {loss:.4f}, "
-              f"on {len(test)} images of {args.dataset}")  # fmt: skip
+        notes.append(f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %, loss "
+                     f"{loss:.4f}, on {len(test)} images of {args.dataset}")  # fmt: skip
+        if distributed.rank() == 0:
+            print("\n".join(notes))
         return
 
     # --------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def main(args):
         run.log(note)
     averaging = distributed.averaging(net)
     columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc", "best acc",
-               "time", "left"]  # fmt: skip
+               "memory", "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
 
     # --------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def main(args):
                 name, f"{learning_rate:.4f}",
                 f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
                 f"{loss:.3f}", f"{accuracy:.2f} %", f"{best:.2f} %",
-                utils.duration(row["seconds"]),
+                f"{row['peak_memory_gib']:.2f} GiB", utils.duration(row["seconds"]),
                 utils.duration(row["seconds"] * (args.epochs - epoch)),
             ]))  # fmt: skip
             run.append("metrics.jsonl", row)

@@ -103,6 +103,16 @@ def test_the_first_process_speaks_and_writes_for_all(whole):
     assert sorted(path.name for path in folder.iterdir()) == ["run", "run-0.pt", "run-1.pt"]
 
 
+def test_processes_share_an_evaluation(whole):
+    folder, (first, _) = whole("training")
+    flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
+    together, silent = finish(start(*flags, cwd=folder))
+    alone = run(*flags, cwd=folder)
+    assert together.stdout == alone.stdout and silent.stdout == ""
+    found = re.search(r"test accuracy (\S+ %)", alone.stdout)[1]
+    assert f"test accuracy {found} after the last epoch" in first.stdout
+
+
 @pytest.mark.parametrize("loop", ["two-stage", "one-stage", "training"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_process_ends_the_others_with_a_message(whole, tmp_path, loop, victim):
