@@ -21,7 +21,7 @@ PARSERS = {
 
 def commands():
     text = README.replace("\\\n", " ")
-    launched = r"(?:\+ |    |`)(?:\S*python|torchrun [^`\n]*?) (search|train|visualize)\.py([^`\n]*)"
+    launched = r"(?:\+ |    |`)(?:\S*python|torchrun .*?) (search|train|visualize)\.py([^`\n]*)"
     for script, flags in re.findall(launched, text):
         if flags != " --help":
             yield f"{script}.py", shlex.split(flags, comments=True)
