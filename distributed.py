@@ -135,7 +135,7 @@ def averaging(net, idle=()):
     ----------
     net : nn.Module
         The parameters that have `requires_grad` now are averaged.
-    idle : list of nn.Parameter
+    idle : iterable of nn.Parameter
         But for these, which no pass will reach, so that nothing is sent for them.
 
     Returns

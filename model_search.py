@@ -302,7 +302,8 @@ class Network(Skeleton):
 
     def idle_parameters(self):
         """The parameters of the operations outside the support."""
-        return [p for operations, op in self._outside() for p in operations[op].parameters()]
+        for operations, op in self._outside():
+            yield from operations[op].parameters()
 
     def genotype(self):
         """The support as a Genotype: at each node its pairs by input node, then operation."""
@@ -432,7 +433,7 @@ class Network(Skeleton):
         list of nn.Parameter
             What they held, for an optimizer to forget.
         """
-        dropped = self.idle_parameters()
+        dropped = list(self.idle_parameters())
         for operations, op in self._outside():
             operations[op] = None
         return dropped
