@@ -322,17 +322,18 @@ def _path(A, b, lam):
     n_iter : int
     """
     m, n = A.shape
-    z = np.zeros(n)
+    z, s = np.zeros(n), np.zeros(n)
     c = A.T @ b
-    j = int(np.abs(c).argmax())
+    j = np.abs(c).argmax()
+    s[j] = np.sign(c[j])
     mu = abs(c[j])
     noise = 1e-13 * mu  # a column dependent on the support has a_j = 0, but for rounding
-    S, s = [j], np.sign(c[[j]])
     n_iter = 0
     while n_iter < 4 * (m + n):  # ties may make it go round; paths take about 1.5 m
         n_iter += 1
+        S = s.nonzero()[0]
         try:
-            Z, R = _stationary(A, b, S, s)
+            Z, R = _stationary(A, b, S, s[S])
         except np.linalg.LinAlgError:
             break
         a, g = (A.T @ R).T
@@ -340,23 +341,22 @@ def _path(A, b, lam):
         size[S] = 0.0
         # rate <= 0 is a column beyond its bound, which a missed breakpoint leaves: it joins now.
         join = np.where(size > noise, size / np.maximum(rate, TINY), 0.0)
-        j = int(join.argmax())
+        j = join.argmax()
         i, mu_next = None, join[j]
-        leaving = np.flatnonzero(s * Z[:, 0] < 0.0)
+        leaving = (s[S] * Z[:, 0] < 0.0).nonzero()[0]
         if leaving.size:
             p, q = np.abs(Z[leaving]).T
             leave = p / np.maximum(q, TINY)
             if leave.max() > mu_next:
-                i, mu_next = int(leaving[leave.argmax()]), leave.max()
+                i, mu_next = S[leaving[leave.argmax()]], leave.max()
         mu = min(mu, mu_next)
         z[S] = Z[:, 0] + max(mu, lam) * Z[:, 1]
         if mu <= lam:
             break
         if i is None:
-            S, s = S + [j], np.append(s, np.sign(a[j]))
+            s[j] = np.sign(a[j])
         else:
-            z[S[i]] = 0.0
-            S, s = S[:i] + S[i + 1 :], np.delete(s, i)
+            z[i] = s[i] = 0.0
     return z, n_iter
 
 
@@ -382,56 +382,55 @@ def _active_set(A, b, lam, z, slack, only_if_near=False):
         The optimality conditions hold to within `slack`, signs strictly.
     """
     n = A.shape[1]
-    S = np.flatnonzero(z).tolist()
-    x = z[S]
-    s = np.sign(x)
+    s = np.sign(z)
     visited = set()
     n_iter = 0
     solved = False
     while True:
         n_iter += 1
+        S = s.nonzero()[0]
+        s_S = s[S]
         try:
-            Z, _ = _stationary(A, b, S, s)
+            Z, _ = _stationary(A, b, S, s_S)
         except np.linalg.LinAlgError:
             break
-        target = Z[:, 0] + lam * Z[:, 1]
-        crossing = np.flatnonzero(target * s <= 0.0)
+        x = Z[:, 0] + lam * Z[:, 1]
+        target = np.zeros(n)
+        target[S] = x
+        crossing = S[x * s_S <= 0.0]
         if only_if_near and n_iter == 1 and crossing.size > 1:
             break
         if crossing.size:
-            step = np.abs(x[crossing]) / np.maximum(np.abs(x - target)[crossing], TINY)
-            i = int(crossing[step.argmin()])
-            x = x + step.min() * (target - x)
-            S, s, x = S[:i] + S[i + 1 :], np.delete(s, i), np.delete(x, i)
+            step = np.abs(z[crossing]) / np.maximum(np.abs(z - target)[crossing], TINY)
+            i = crossing[step.argmin()]
+            z = z + step.min() * (target - z)
+            z[i] = s[i] = 0.0
             continue
-        x = target
-        c = A.T @ (b - A.take(S, axis=1) @ x)
+        z = target
+        c = A.T @ (b - A @ z)
         size = np.abs(c)
-        j = int(size.argmax())
+        j = size.argmax()
         if size[j] <= lam + slack:
-            # No entry of s c_S exceeds lam, so all equal lam if their sum does.
-            solved = bool(s @ c[S] >= len(S) * (lam - slack))
+            # No entry of s c exceeds lam, so all on the support equal lam if their sum does.
+            solved = bool(s @ c >= len(S) * (lam - slack))
             break
-        signs = np.zeros(n, dtype=np.int8)
-        signs[S] = s
-        if j in S or signs.tobytes() in visited:
+        if s[j] or s.tobytes() in visited:
             break
-        visited.add(signs.tobytes())
-        sign, rise = np.sign(c[j]), 0.0
+        visited.add(s.tobytes())
+        sign = np.sign(c[j])
         n_iter += 1
-        Z, R = _stationary(A, A[:, j], S, s)
-        w, e = Z[:, 0], R[:, 0]
-        if np.linalg.norm(e) <= DEPENDENT * np.linalg.norm(A[:, j]):
-            shrinking = np.flatnonzero(sign * s * w > 0.0)
+        Z, R = _stationary(A, A[:, j], S, s_S)
+        if np.linalg.norm(R[:, 0]) <= DEPENDENT * np.linalg.norm(A[:, j]):
+            null = np.zeros(n)
+            null[S], null[j] = -sign * Z[:, 0], sign
+            shrinking = (s * null < 0.0).nonzero()[0]
             if not shrinking.size:
                 break
-            ratio = np.abs(x[shrinking] / w[shrinking])
-            i, rise = int(shrinking[ratio.argmin()]), ratio.min()
-            x = x - rise * sign * w
-            S, s, x = S[:i] + S[i + 1 :], np.delete(s, i), np.delete(x, i)
-        S, s, x = S + [j], np.append(s, sign), np.append(x, sign * rise)
-    z = np.zeros(n)
-    z[S] = x
+            ratio = np.abs(z[shrinking] / null[shrinking])
+            i = shrinking[ratio.argmin()]
+            z += ratio.min() * null
+            z[i] = s[i] = 0.0
+        s[j] = sign
     return z, n_iter, solved
 
 
