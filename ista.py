@@ -126,8 +126,8 @@ def objective(A, b, z, lam):
         As `recover`.
     """
     A, b, lam, z = _validate(A, b, lam, z)
-    r = b - A @ z
-    return float(0.5 * (r @ r) + lam * np.abs(z).sum())
+    r = b - A.dot(z)
+    return float(0.5 * r.dot(r) + lam * np.abs(z).sum())
 
 
 def duality_gap(A, b, z, lam):
@@ -153,15 +153,15 @@ def duality_gap(A, b, z, lam):
 
 
 def _gap(A, b, z, lam):
-    r = b - A @ z
+    r = b - A.dot(z)
     if lam == 0.0:
-        fitted = A @ np.linalg.lstsq(A, r, rcond=None)[0]
-        return float(0.5 * (fitted @ fitted))
-    c = A.T @ r
+        fitted = A.dot(np.linalg.lstsq(A, r, rcond=None)[0])
+        return float(0.5 * fitted.dot(fitted))
+    c = A.T.dot(r)
     alpha = lam / max(_largest(c), lam)
     # P - D with b^T r = r^T r + z^T c put in. No term is negative, but for rounding, so a small gap
     # is not lost in the difference of two large numbers.
-    gap = 0.5 * (1.0 - alpha) ** 2 * (r @ r) + z @ (np.copysign(lam, z) - alpha * c)
+    gap = 0.5 * (1.0 - alpha) ** 2 * r.dot(r) + z.dot(np.copysign(lam, z) - alpha * c)
     return max(0.0, float(gap))
 
 
@@ -227,7 +227,7 @@ def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
     external = solver in ("mosek", "clarabel")
     if external:
         _require(solver)
-    lam_max = _largest(A.T @ b)
+    lam_max = _largest(A.T.dot(b))
     if lam >= lam_max:
         return Solution(np.zeros(A.shape[1]), 0.0, 0, True, solver)
 
@@ -243,7 +243,7 @@ def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
         z, n_iter, solved = _homotopy(A, b, lam, lam_max, z0)
     else:
         z, n_iter, solved = _proximal_gradient(A, b, lam, solver, z0)
-    gap = _gap(A, b, z, lam) / (0.5 * float(b @ b))
+    gap = _gap(A, b, z, lam) / (0.5 * float(b.dot(b)))
     return Solution(z * (scale_b / scale_A), gap, n_iter, solved and gap <= TOLERANCE, solver)
 
 
@@ -329,7 +329,7 @@ def _path(A, b, lam):
     """
     m, n = A.shape
     z, s = np.zeros(n), np.zeros(n)
-    c = A.T @ b
+    c = A.T.dot(b)
     j = np.abs(c).argmax()
     s[j] = np.sign(c[j])
     mu = abs(c[j])
@@ -342,7 +342,7 @@ def _path(A, b, lam):
             Z, R = _stationary(A, b, S, s[S])
         except np.linalg.LinAlgError:
             break
-        a, g = (A.T @ R).T
+        a, g = A.T.dot(R).T
         size, rate = np.abs(a), 1.0 - np.sign(a) * g
         size[S] = 0.0
         # rate <= 0 is a column beyond its bound, which a missed breakpoint leaves: it joins now.
@@ -413,12 +413,12 @@ def _active_set(A, b, lam, z, slack, only_if_near=False):
             z[i] = s[i] = 0.0
             continue
         z = target
-        c = A.T @ (b - A @ z)
+        c = A.T.dot(b - A.dot(z))
         size = np.abs(c)
         j = size.argmax()
         if size[j] <= lam + slack:
             # No entry of s c exceeds lam, so all on the support equal lam if their sum does.
-            solved = bool(s @ c >= len(S) * (lam - slack))
+            solved = bool(s.dot(c) >= len(S) * (lam - slack))
             break
         if s[j] or s.tobytes() in visited:
             break
@@ -447,7 +447,7 @@ def _proximal_gradient(A, b, lam, solver, z0):
     """Run ista or fista until the relative gap is within `TOLERANCE` or `MAX_ITER` is reached."""
     z = np.zeros(A.shape[1]) if z0 is None else z0
     iterates = _ista_iterates(A, b, lam, z) if solver == "ista" else _fista_iterates(A, b, lam, z)
-    enough = TOLERANCE * 0.5 * float(b @ b)
+    enough = TOLERANCE * 0.5 * float(b.dot(b))
     for n_iter, z in enumerate(islice(iterates, MAX_ITER), 1):
         # A gap costs as much as an iteration or two. n_iter = 1 lets a good z0 end at once.
         if n_iter % GAP_EVERY == 1 and _gap(A, b, z, lam) <= enough:
@@ -463,7 +463,7 @@ def _ista_iterates(A, b, lam, z):
     """
     L = np.linalg.norm(A, 2) ** 2
     while True:
-        z = soft_threshold(z - A.T @ (A @ z - b) / L, lam / L)
+        z = soft_threshold(z - A.T.dot(A.dot(z) - b) / L, lam / L)
         yield z
 
 
@@ -476,8 +476,8 @@ def _fista_iterates(A, b, lam, z):
     y, t = z, 1.0
     while True:
         z_last = z
-        z = soft_threshold(y - A.T @ (A @ y - b) / L, lam / L)
-        if (y - z) @ (z - z_last) > 0.0:  # y - z is the (proximal) gradient, up to a factor
+        z = soft_threshold(y - A.T.dot(A.dot(y) - b) / L, lam / L)
+        if (y - z).dot(z - z_last) > 0.0:  # y - z is the (proximal) gradient, up to a factor
             y, t = z, 1.0
         else:
             t_last, t = t, 0.5 + math.sqrt(0.25 + t * t)
