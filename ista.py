@@ -125,7 +125,7 @@ def objective(A, b, z, lam):
     ValueError
         As `recover`.
     """
-    A, b, lam, z = _validate(A, b, lam, z)
+    A, b, lam, z, *_ = _validate(A, b, lam, z)
     r = b - A.dot(z)
     return float(0.5 * r.dot(r) + lam * np.abs(z).sum())
 
@@ -148,7 +148,7 @@ def duality_gap(A, b, z, lam):
     float
         Never negative.
     """
-    A, b, lam, z = _validate(A, b, lam, z)
+    A, b, lam, z, *_ = _validate(A, b, lam, z)
     return _gap(A, b, z, lam)
 
 
@@ -175,7 +175,8 @@ def _validate(A, b, lam, z):
     A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if A.ndim != 2 or b.shape != A.shape[:1] or A.size == 0:
         raise ValueError(f"A must be (m, n) and b (m,), m, n >= 1; got {A.shape} and {b.shape}")
-    if not (math.isfinite(_largest(A)) and math.isfinite(_largest(b))):
+    size_A, size_b = _largest(A), _largest(b)
+    if not (math.isfinite(size_A) and math.isfinite(size_b)):
         raise ValueError(f"A {A.shape} and b {b.shape} must be finite")
     lam = float(lam)
     if not 0.0 <= lam < math.inf:
@@ -186,7 +187,7 @@ def _validate(A, b, lam, z):
             raise ValueError(f"a code for A {A.shape} must be {A.shape[1:]}; got {z.shape}")
         if not math.isfinite(_largest(z)):
             raise ValueError(f"the code {z.shape} must be finite")
-    return A, b, lam, z
+    return A, b, lam, z, size_A, size_b
 
 
 # ------------------------------------------------------------------------------ recovery
@@ -223,7 +224,7 @@ def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-    A, b, lam, z0 = _validate(A, b, lam, z0)
+    A, b, lam, z0, size_A, size_b = _validate(A, b, lam, z0)
     external = solver in ("mosek", "clarabel")
     if external:
         _require(solver)
@@ -233,7 +234,7 @@ def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
 
     # The same problem with A and b of order one, where the constants above and the interior-point
     # codes' absolute tolerances mean something. Powers of two, so that nothing is rounded.
-    scale_A, scale_b = _power_of_two(A), _power_of_two(b)
+    scale_A, scale_b = 2.0 ** math.frexp(size_A)[1], 2.0 ** math.frexp(size_b)[1]
     A, b = A / scale_A, b / scale_b
     lam, lam_max = lam / (scale_A * scale_b), lam_max / (scale_A * scale_b)
     z0 = None if z0 is None else z0 * (scale_A / scale_b)
@@ -245,10 +246,6 @@ def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
         z, n_iter, solved = _proximal_gradient(A, b, lam, solver, z0)
     gap = _gap(A, b, z, lam) / (0.5 * float(b.dot(b)))
     return Solution(z * (scale_b / scale_A), gap, n_iter, solved and gap <= TOLERANCE, solver)
-
-
-def _power_of_two(x):
-    return 2.0 ** math.frexp(_largest(x))[1]
 
 
 # ------------------------------------------------------------------------------ homotopy
