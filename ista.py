@@ -60,6 +60,8 @@ DEPENDENT = 1e-9  # a column this close to the span of others, relative to its n
 TINY = 1e-300  # in place of a zero divisor
 DAMPING = 1e-3  # see _stationary; small next to A, whose largest entry is scaled to [1/2, 1)
 
+# On arrays this small the call is what costs: dot and argmax take half the time of @ and max.
+
 
 class Solution(NamedTuple):
     """A code and how well it is known to solve its problem.
@@ -168,7 +170,7 @@ def _gap(A, b, z, lam):
 def _largest(x):
     """Return ||x||_inf, which is nan or inf if an entry is."""
     size = np.abs(x)
-    return size.item(size.argmax())  # on small arrays several times as fast as max()
+    return size.item(size.argmax())
 
 
 def _validate(A, b, lam, z):
@@ -328,8 +330,7 @@ def _path(A, b, lam):
     z, s = np.zeros(n), np.zeros(n)
     c = A.T.dot(b)
     j = np.abs(c).argmax()
-    s[j] = np.sign(c[j])
-    mu = abs(c[j])
+    s[j], mu = np.sign(c[j]), abs(c[j])
     noise = 1e-13 * mu  # a column dependent on the support has a_j = 0, but for rounding
     n_iter = 0
     while n_iter < 4 * (m + n):  # ties may make it go round; paths take about 1.5 m
@@ -386,9 +387,7 @@ def _active_set(A, b, lam, z, slack, only_if_near=False):
     """
     n = A.shape[1]
     s = np.sign(z)
-    visited = set()
-    n_iter = 0
-    solved = False
+    visited, n_iter, solved = set(), 0, False
     while True:
         n_iter += 1
         S = s.nonzero()[0]
@@ -397,10 +396,9 @@ def _active_set(A, b, lam, z, slack, only_if_near=False):
             Z, _ = _stationary(A, b, S, s_S)
         except np.linalg.LinAlgError:
             break
-        x = Z[:, 0] + lam * Z[:, 1]
         target = np.zeros(n)
-        target[S] = x
-        crossing = S[x * s_S <= 0.0]
+        target[S] = Z[:, 0] + lam * Z[:, 1]
+        crossing = S[target[S] * s_S <= 0.0]
         if only_if_near and n_iter == 1 and crossing.size > 1:
             break
         if crossing.size:
