@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
             action.help = f"{action.help} ({text})"
 
     def error(self, message):
+        if not is_first():  # all processes have the same flags, and the first one speaks
+            sys.exit(2)
         fail(self.prog, message)
 
     def parse_args(self, argv=None, published=lambda typed: {}, check=lambda args: None):
@@ -65,6 +67,11 @@ class Parser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(error)
         return args
+
+
+def is_first():
+    """Whether this is the first, or only, process of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def fail(prog, message):
@@ -208,7 +215,7 @@ def check_shared(args):
         if args.save:
             raise ValueError("--resume continues in the run's own folder: leave out --save")
         checkpoint_path(args.resume)
-    elif args.save and os.path.lexists(args.save):
+    elif args.save and os.path.lexists(args.save) and is_first():  # which makes it for all
         if not os.path.isdir(args.save) or os.listdir(args.save):
             raise ValueError(
                 f"--save {args.save} exists already and is not overwritten: choose another "
@@ -231,6 +238,8 @@ def checkpoint_path(resume):
 
 def check_file(flag, path):
     """Raise ValueError unless `path`, the value of a flag, is a file that can be read."""
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} {path} is a folder: give a file in it, a network.pt say")
     if not os.path.isfile(path):
         raise ValueError(f"{flag} {path}: there is no such file")
     if not os.access(path, os.R_OK):

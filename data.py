@@ -92,7 +92,7 @@ def normalize(x, mean, std):
     return x.float().mul_(scale).add_(bias)
 
 
-def augment(x, mean, std, *, flip, cutout_length=0, generator=None):
+def augment(x, mean, std, *, flip, cutout_length=0, generator=None, part=(0, 1)):
     """Random crop, horizontal flip, normalisation and cutout, independently for each image.
 
     The distribution is that of DARTS' CIFAR transforms: the image is surrounded by 4 black
@@ -110,6 +110,10 @@ def augment(x, mean, std, *, flip, cutout_length=0, generator=None):
     cutout_length : int
         Side of the square; 0 for no cutout.
     generator : torch.Generator on the device of x, or None for torch's default one
+    part : (int, int)
+        (i, p): x is the i-th of p equal parts of a batch. The random numbers of the whole batch
+        are drawn, so that p generators in one state stay so, and the images together are treated
+        as one process would treat the batch.
 
     Returns
     -------
@@ -122,21 +126,24 @@ def augment(x, mean, std, *, flip, cutout_length=0, generator=None):
     """
     B, C, H, W = x.shape
 
-    def randint(n, *size):
-        return torch.randint(n, size, generator=generator, device=x.device)
+    i, parts = part
+
+    def randint(n, count=1):  # below n, for each image: (count, B, 1)
+        size = (count, parts * B, 1)
+        return torch.randint(n, size, generator=generator, device=x.device)[:, i * B : (i + 1) * B]
 
     row, column = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    top, left = randint(2 * PADDING + 1, 2, B, 1)
+    top, left = randint(2 * PADDING + 1, 2)
     rows, columns = top + row, left + column  # (B, H), (B, W): of the padded image, to be kept
     if flip:
-        columns = torch.where(randint(2, B, 1).bool(), columns.flip(1), columns)
+        columns = torch.where(randint(2)[0].bool(), columns.flip(1), columns)
     pixels = (rows * (W + 2 * PADDING))[:, :, None] + columns[:, None, :]
     padded = F.pad(x, (PADDING, PADDING, PADDING, PADDING)).flatten(2)
     x = padded.gather(2, pixels.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
     x = normalize(x, mean, std)
 
     if cutout_length:
-        y_centre, x_centre = randint(H, B, 1), randint(W, B, 1)
+        y_centre, x_centre = randint(H)[0], randint(W)[0]
         in_rows = ((row - y_centre + 0.5).abs() < cutout_length // 2).float()
         in_columns = ((column - x_centre + 0.5).abs() < cutout_length // 2).float()
         x.mul_(1 - in_rows[:, None, :, None] * in_columns[:, None, None, :])
@@ -153,16 +160,24 @@ class Batches:
     All randomness is drawn from ``generator``, while iterating. There is no other state: with
     the generator set back to what it was before a pass, the pass repeats itself exactly.
 
+    Of p processes, each takes its part of every batch of p * batch_size images: together they see
+    the images that one process with that batch size would, augmented alike, if their generators
+    begin in the same state. In training all parts of a batch have the same size, for which up to
+    p - 1 images of the last one are left out.
+
     Parameters
     ----------
     data : Images
     batch_size : int
+        Of one process.
     train : bool
     cutout_length : int
         0 for no cutout; used in training only.
     generator : torch.Generator on the device of the data, or None for torch's default one
     channels_last : bool
         Memory format of x.
+    part : (int, int)
+        Number of this process, from 0, and of all processes.
 
     Raises
     ------
@@ -171,37 +186,49 @@ class Batches:
     """
 
     def __init__(
-        self, data, batch_size, *, train, cutout_length=0, generator=None, channels_last=False
-    ):
+        self, data, batch_size, *, train, cutout_length=0, generator=None, channels_last=False,
+        part=(0, 1),
+    ):  # fmt: skip
         self.data = data
         self.batch_size = batch_size
         self.train = train
         self.generator = generator
-        self.options = {"cutout_length": cutout_length, "generator": generator}
+        self.part = part
+        self.options = {"cutout_length": cutout_length, "generator": generator, "part": part}
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if train and batch_size > len(data) > 1:
-            raise DataError(f"--batch_size {batch_size} is larger than the {len(data)} images to "
-                            f"train on: give at most {len(data)}")  # fmt: skip
+        share = len(data) // part[1]
+        if train and batch_size > share > 1:
+            of = f" of each of {part[1]} processes" if part[1] > 1 else ""
+            raise DataError(f"--batch_size {batch_size}{of} is larger than the {len(data)} images "
+                            f"to train on: give at most {share}")  # fmt: skip
         if len(self) == 0:
             what = f"too few images to {'train' if train else 'evaluate'} on ({len(data)})"
             raise DataError(f"{what}: use a larger data set or another --train_portion")
 
     def __len__(self):
-        full, rest = divmod(len(self.data), self.batch_size)
-        return full + (rest > 1 if self.train else rest > 0)
+        parts = self.part[1]
+        full, rest = divmod(len(self.data), parts * self.batch_size)
+        return full + (rest // parts > 1 if self.train else rest > 0)
 
     def __iter__(self):
-        data, size = self.data, self.batch_size
+        data, (i, parts) = self.data, self.part
         if self.train:
             order = torch.randperm(len(data), generator=self.generator, device=data.labels.device)
-        for start in range(0, len(self) * size, size):
+        stride = parts * self.batch_size
+        for start in range(0, len(self) * stride, stride):
+            size = min(stride, len(data) - start)  # of the batch of all processes
             if self.train:
-                index = order[start : start + size]
+                size -= size % parts
+            index = slice(start + i * size // parts, start + (i + 1) * size // parts)
+            if index.start == index.stop:  # fewer images than processes
+                continue
+            if self.train:
+                index = order[index]
                 # index_select: many times faster than data.images[index] on a CPU
                 x, y = data.images.index_select(0, index), data.labels.index_select(0, index)
                 x = augment(x, data.mean, data.std, flip=data.flip, **self.options)
             else:
-                x, y = data.images[start : start + size], data.labels[start : start + size]
+                x, y = data.images[index], data.labels[index]
                 x = normalize(x, data.mean, data.std)
             yield x.contiguous(memory_format=self.memory_format), y
 

@@ -187,12 +187,13 @@ class Batches:
         self, images, batch_size, *, train, image_size=224, device="cpu", workers=0,
         generator=None, part=(0, 1),
     ):  # fmt: skip
-        together = part[1] * batch_size
+        share = len(images) // part[1]
         if train and batch_size < 2:
             raise DataError("--batch_size 1: BatchNorm needs at least 2 images to train on")
-        if train and together > len(images):
-            raise DataError(f"--batch_size {together} is larger than the {len(images)} images to "
-                            f"train on: give at most {len(images)}")  # fmt: skip
+        if train and batch_size > share:
+            of = f" of each of {part[1]} processes" if part[1] > 1 else ""
+            raise DataError(f"--batch_size {batch_size}{of} is larger than the {len(images)} "
+                            f"images to train on: give at most {share}")  # fmt: skip
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.loader = DataLoader(

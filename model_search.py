@@ -12,11 +12,14 @@ R^{n_j} is not trained: it is recovered from a point b_j in R^m, m = 7, through 
 A_j, and its 2 largest entries are the support S_j, the pairs that run.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+import distributed
 import ista
 from genotypes import NODES, PRIMITIVES, Genotype, as_lists
 from model import NetworkCIFAR, Skeleton, preprocess
@@ -49,6 +52,13 @@ class Recovery(NamedTuple):
     parameters: int | None
     rejected: bool
     not_converged: int
+
+
+def _to_host(tensors):
+    """Read tensors, alike but for their last dimension, off the device at once: float64 arrays."""
+    joined = torch.cat([*tensors], -1).double().numpy(force=True)
+    widths = [t.shape[-1] for t in tensors]
+    return [joined[..., end - n : end] for n, end in zip(widths, accumulate(widths), strict=True)]
 
 
 class SparseCode(nn.Module):
@@ -131,15 +141,15 @@ class SparseCode(nn.Module):
             If the solver needs a package or a licence that is not here.
         """
         codes, not_converged = [], 0
-        for A, b, z, frozen in zip(self.A, self.b, self.z, self.frozen.tolist(), strict=True):
+        problems = zip(*map(_to_host, (self.A, self.b, self.z)), self.frozen.tolist(), strict=True)
+        for A, b, z, frozen in problems:
             if not frozen:
-                A, b, z0 = (v.detach().double().cpu().numpy() for v in (A, b, z))
-                solution = ista.recover(A, b, self.lam, solver, z0)
+                solution = ista.recover(A, b, self.lam, solver, z0=z)
                 if not solution.converged:
                     not_converged += 1
-                    solution = ista.recover(A, b, self.lam, z0=z0)
-                z = torch.from_numpy(solution.z)
-            codes.append(z)
+                    solution = ista.recover(A, b, self.lam, z0=z)
+                z = solution.z
+            codes.append(torch.from_numpy(z))
         self.accept(codes)
         return not_converged
 
@@ -183,13 +193,11 @@ class SparseCode(nn.Module):
         return [(PRIMITIVES[op], edge) for node in self.support for edge, op in node]
 
     def _choose_support(self, _incompatible_keys=None):
-        self.support = []
-        for j, z in enumerate(self.z):
-            # A stable sort gives ties to the smaller index.
-            order = torch.sort(z.abs().cpu(), descending=True, stable=True).indices
-            S = order[: self.sparseness].sort().values
-            self.S[j] = S
-            self.support.append([divmod(k, len(PRIMITIVES)) for k in S.tolist()])
+        # A stable sort gives ties to the smaller index.
+        order = [np.argsort(-np.abs(z), kind="stable") for z in _to_host(self.z)]
+        S = np.sort([indices[: self.sparseness] for indices in order])
+        self.S.copy_(torch.from_numpy(S))
+        self.support = [[divmod(k, len(PRIMITIVES)) for k in node] for node in S.tolist()]
 
 
 class MixedOp(nn.Module):
@@ -299,6 +307,11 @@ class Network(Skeleton):
         arch = {id(b) for b in self.arch_parameters()}
         return [p for p in self.parameters() if id(p) not in arch]
 
+    def idle_parameters(self):
+        """The parameters of the operations outside the support."""
+        for operations, op in self._outside():
+            yield from operations[op].parameters()
+
     def genotype(self):
         """The support as a Genotype: at each node its pairs by input node, then operation."""
         concat = range(2, 2 + NODES)
@@ -311,6 +324,8 @@ class Network(Skeleton):
 
     def recover(self, solver="homotopy", freeze_tol=None, max_params=None):
         """Refresh codes and supports from the points b.
+
+        Of several processes the first does so, and the others take its codes over.
 
         Parameters
         ----------
@@ -331,14 +346,27 @@ class Network(Skeleton):
         ista.SolverUnavailable
             If the solver needs a package or a licence that is not here.
         """
+        recovery, codes = distributed.on_first(
+            lambda: (self._recover(solver, freeze_tol, max_params), self._codes_state())
+        )
+        if distributed.rank() > 0:
+            super().load_state_dict(codes, strict=False)
+        return recovery
+
+    def _codes_state(self):
+        names = ("normal_code", "reduce_code")
+        states = [getattr(self, name).state_dict(prefix=f"{name}.") for name in names]
+        return {key: value.cpu() for state in states for key, value in state.items()}
+
+    def _recover(self, solver, freeze_tol, max_params):
         last = [[z.clone() for z in code.z] for code in self.codes]
         last_pairs = [set(node) for code in self.codes for node in code.support]
         not_converged = sum(code.recover(solver) for code in self.codes)
-        distance = [
-            torch.linalg.vector_norm(new - old).item()
+        distance = torch.stack([
+            torch.dist(new, old)
             for code, zs in zip(self.codes, last, strict=True)
             for new, old in zip(code.z, zs, strict=True)
-        ]
+        ]).tolist()  # fmt: skip
         parameters, rejected = None, False
         if max_params is not None:
             parameters = self.retraining_parameters()
@@ -412,16 +440,20 @@ class Network(Skeleton):
         list of nn.Parameter
             What they held, for an optimizer to forget.
         """
-        dropped = []
+        dropped = list(self.idle_parameters())
+        for operations, op in self._outside():
+            operations[op] = None
+        return dropped
+
+    def _outside(self):
+        """The operations outside the support: of each, the list that holds it and its place."""
         for cell in self.cells:
-            code = self.codes[cell.reduction]
+            support = self.codes[cell.reduction].support
             for j in range(NODES):
                 for edge, mixed in enumerate(cell.edges(j)):
                     for op, layer in enumerate(mixed._ops):
-                        if layer is not None and (edge, op) not in code.support[j]:
-                            dropped += layer.parameters()
-                            mixed._ops[op] = None
-        return dropped
+                        if layer is not None and (edge, op) not in support[j]:
+                            yield mixed._ops, op
 
     @torch.no_grad()
     def absorb(self):

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import glob
 import json
 import os
@@ -14,9 +15,22 @@ import torch
 from tqdm import tqdm
 
 import arguments
+import distributed
+import genotypes
 import visualize
-from genotypes import PRIMITIVES
 from utils import UserError
+
+
+def by_first(method):
+    """Have the first process alone do what a method does; on the others it does nothing."""
+
+    @functools.wraps(method)
+    def wrapper(*args, **kwargs):
+        if distributed.rank() == 0:
+            return method(*args, **kwargs)
+
+    return wrapper
+
 
 # ------------------------------------------------------------------------------------------------
 # Run folder
@@ -25,6 +39,8 @@ from utils import UserError
 
 class Run:
     """A run folder: config.json, log.txt, metrics.jsonl, checkpoint.pt, a copy of the scripts.
+
+    Of several processes the first one writes; the methods may be called by all.
 
     Parameters
     ----------
@@ -47,6 +63,10 @@ class Run:
         UserError
             If --save is not an empty or a new folder: a run is never overwritten.
         """
+        return cls(distributed.on_first(lambda: cls._create(args, prefix)))
+
+    @classmethod
+    def _create(cls, args, prefix):
         if args.save and os.path.isdir(args.save) and not os.listdir(args.save):
             run = cls(args.save)
         else:
@@ -59,7 +79,7 @@ class Run:
             os.makedirs(run.file("scripts"), exist_ok=True)
             for script in glob.glob(os.path.join(glob.escape(sources), "*.py")):
                 shutil.copy(script, run.file("scripts"))
-        return run
+        return run.path
 
     @classmethod
     def resume(cls, args, checkpoint):
@@ -75,6 +95,7 @@ class Run:
     def file(self, name):
         return os.path.join(self.path, name)
 
+    @by_first
     def log(self, text=""):
         """Print a text, and append it to log.txt."""
         tqdm.write(text, file=sys.stdout)
@@ -82,6 +103,7 @@ class Run:
         with writing(self.file("log.txt")), open(self.file("log.txt"), "a") as file:
             file.write(f"{text}\n")
 
+    @by_first
     def show(self, row, genotype=None):
         """Write the numbers of an epoch, and its cells, as TensorBoard events."""
         if self.board is None:
@@ -96,7 +118,7 @@ class Run:
             if isinstance(value, int | float):
                 self.board.add_scalar(key, value, row["epoch"])
         if genotype is not None:
-            for operation in PRIMITIVES:
+            for operation in genotypes.PRIMITIVES:
                 count = sum(op == operation for op, _ in genotype.normal + genotype.reduce)
                 self.board.add_scalar(f"pairs/{operation}", count, row["epoch"])
             if row["changed"] or row["epoch"] == 1:
@@ -104,6 +126,7 @@ class Run:
                 self.board.add_figure("cells", figure, row["epoch"])
         self.board.flush()
 
+    @by_first
     def append(self, name, row):
         """Append a row to a file of one JSON object a line."""
         with writing(self.file(name)), open(self.file(name), "a") as file:
@@ -115,6 +138,7 @@ class Run:
             self.warnings.add(text)
             self.log(f"warning: {text}")
 
+    @by_first
     def cut(self, epoch):
         """Drop the rows of the .jsonl files that are later than `epoch`, or damaged.
 
@@ -131,6 +155,7 @@ class Run:
             with replacing(path) as partial, open(partial, "w") as file:
                 file.writelines(kept)
 
+    @by_first
     def save_checkpoint(self, state):
         """Write checkpoint.pt such that a whole one exists at every moment.
 
@@ -149,6 +174,31 @@ class Run:
                     except OSError:  # a file system without links
                         shutil.copyfile(path, link)
 
+    @by_first
+    def save_network(self, name, net, args, about):
+        """Write a network of model.py such that it can be built again from the file alone.
+
+        Parameters
+        ----------
+        name : str
+            Of the file.
+        net : model.NetworkCIFAR or model.NetworkImageNet
+        args : argparse.Namespace
+            Of the run; says what data the network is for.
+        about : dict
+            Numbers and strings: what is known of it.
+        """
+        state = dict(network=net.config, model=net.state_dict(), args=plain(args), about=about)
+        with replacing(self.file(name)) as partial:
+            torch.save(state, partial)
+
+    @by_first
+    def save_genotype(self, genotype, one_stage, **about):
+        """Write genotype.json; see `genotypes.save`."""
+        with writing(self.file("genotype.json")):
+            genotypes.save(self.file("genotype.json"), genotype, one_stage, **about)
+
+    @by_first
     def draw(self):
         """Draw the pictures of the run, and say where they are."""
         try:
@@ -162,7 +212,8 @@ class Run:
         if not os.path.exists(self.file("checkpoint.pt")):
             return "no epoch was finished, so there is no checkpoint yet"
         script, path = os.path.basename(sys.argv[0]), shlex.quote(self.path)
-        return f"go on from the last checkpoint with: python {script} --resume {path}"
+        launcher = distributed.launcher()
+        return f"go on from the last checkpoint with: {launcher} {script} --resume {path}"
 
 
 def _make_folder(path, args):
@@ -246,23 +297,6 @@ def _load_whole(path):
             if archive.testzip() is not None:
                 raise ValueError("damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def save_network(path, net, args, about):
-    """Write a network of model.py such that it can be built again from the file alone.
-
-    Parameters
-    ----------
-    path : str
-    net : model.NetworkCIFAR or model.NetworkImageNet
-    args : argparse.Namespace
-        Of the run; says what data the network is for.
-    about : dict
-        Numbers and strings: what is known of it.
-    """
-    state = {"network": net.config, "model": net.state_dict(), "args": plain(args), "about": about}
-    with replacing(path) as partial:
-        torch.save(state, partial)
 
 
 # What may be given anew when a run is resumed.

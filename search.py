@@ -127,6 +127,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
 
 import data  # noqa: E402
+import distributed  # noqa: E402
 import runs  # noqa: E402
 import utils  # noqa: E402
 from model_search import Network  # noqa: E402
@@ -138,7 +139,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     checkpoint = None
     if args.resume:
-        checkpoint, args = runs.resume(args, "search")
+        checkpoint, args = distributed.first_before_others(lambda: runs.resume(args, "search"))
     device = utils.choose_device(args.device)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -146,13 +147,14 @@ def main(args):
     def batches(images, training=True):
         return data.Batches(
             images, args.batch_size, train=training, generator=generator, channels_last=True,
+            part=distributed.part(),
             cutout_length=args.cutout_length if args.cutout else 0,
         )  # fmt: skip
 
     notes = []
-    train, test = data.load(
+    train, test = distributed.first_before_others(lambda: data.load(
         args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
-    )
+    ))  # fmt: skip
     if args.one_stage:
         notes += utils.fit_to_data(args, len(train))
         train_batches, arch_batches = batches(train), None
@@ -216,7 +218,7 @@ def main(args):
             "search, and weeks for the one-stage one; fewer --init_channels and --layers help"
         )
     columns = ["epoch", "lr", "train loss", "train acc", f"{held_out} loss", f"{held_out} acc",
-               "pairs changed", "time", "left"]  # fmt: skip
+               "pairs changed", "memory", "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
 
     # --------------------------------------------------------------------------------------------
@@ -245,6 +247,7 @@ def main(args):
                     progress, steps_before=(epoch - 1) * len(train_batches),
                 )  # fmt: skip
                 row["arch_loss"], row["arch_accuracy"] = arch_meter.read()
+            distributed.average_statistics(net)
             row["train_loss"], row["train_accuracy"] = meter.read()
             loss, accuracy = utils.evaluate(net, held_out_batches, args.amp)
             row[f"{held_out}_loss"], row[f"{held_out}_accuracy"] = loss, accuracy
@@ -267,7 +270,7 @@ def main(args):
                 name, f"{learning_rate:.4f}",
                 f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
                 f"{loss:.3f}", f"{accuracy:.2f} %", f"{row['changed']} of {8 * args.sparseness}",
-                utils.duration(row["seconds"]),
+                f"{row['peak_memory_gib']:.2f} GiB", utils.duration(row["seconds"]),
                 at_least + utils.duration(row["seconds"] * (last_epoch - epoch)),
             ]))  # fmt: skip
             report(run, args, recoveries)
@@ -301,7 +304,7 @@ def main(args):
         _, after = utils.evaluate(plain, held_out_batches, args.amp)
         run.log(f"test accuracy {before:.2f} % in the supernet, {after:.2f} % after absorption")
         about = dict(epoch=epoch, test_accuracy=after)
-        runs.save_network(run.file("network.pt"), plain, args, about)
+        run.save_network("network.pt", plain, args, about)
         run.log("the trained network is in network.pt; to measure it, and to train it further:")
         weights = shlex.quote(run.file("network.pt"))
         run.log(f"    python train.py --evaluate --weights {weights}")
@@ -332,13 +335,22 @@ def two_stage_epoch(
     weights, points = net.weight_parameters(), net.arch_parameters()
     device = weights[0].device
     meter, arch_meter = utils.Meter(device), utils.Meter(device)
+
+    def averaging():
+        """The network for the steps on b and on the weights, until the next recovery."""
+        train_only(points, weights)
+        for_points = distributed.averaging(net)
+        train_only(weights, points)
+        return for_points, distributed.averaging(net, net.idle_parameters())
+
     recoveries = []
+    for_points, for_weights = averaging()
     pairs = zip(batches, arch_batches.endless(), strict=False)
     for step, ((x, y), (x_arch, y_arch)) in enumerate(pairs, steps_before + 1):
         # b, with the weights as they are: no gradient of a weight is computed.
         train_only(points, weights)
         with utils.autocast(device, args.amp):
-            logits, _ = net(x_arch)
+            logits, _ = for_points(x_arch)
         loss = F.cross_entropy(logits.float(), y_arch)
         arch_optimizer.zero_grad()
         loss.backward()
@@ -348,7 +360,7 @@ def two_stage_epoch(
         # The weights, with b as it is now.
         train_only(weights, points)
         with utils.autocast(device, args.amp):
-            logits, _ = net(x)
+            logits, _ = for_weights(x)
         loss = F.cross_entropy(logits.float(), y)
         weight_optimizer.zero_grad()
         loss.backward()
@@ -358,6 +370,7 @@ def two_stage_epoch(
 
         if args.recover_every != "epoch" and step % args.recover_every == 0:
             recoveries.append(net.recover(args.solver))
+            for_points, for_weights = averaging()
         progress.step(meter)
     return meter, arch_meter, recoveries
 
@@ -372,9 +385,10 @@ def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, args, progre
     weights = net.weight_parameters()
     device = weights[0].device
     meter = utils.Meter(device)
+    averaging = distributed.averaging(net, net.idle_parameters())
     for x, y in batches:
         with utils.autocast(device, args.amp):
-            logits, logits_aux = net(x)
+            logits, logits_aux = averaging(x)
         loss, total = utils.losses(logits, logits_aux, y, args.auxiliary_weight)
         arch_optimizer.zero_grad()
         weight_optimizer.zero_grad()
@@ -459,12 +473,11 @@ def watch(run, genotype, recoveries):
 
 
 def save_genotype(run, args, net, row):
-    with runs.writing(run.file("genotype.json")):
-        genotypes.save(
-            run.file("genotype.json"), net.genotype(), args.one_stage,
-            method=f"ISTA-NAS {'one' if args.one_stage else 'two'}-stage search",
-            seed=args.seed, dataset=args.dataset, result=row, arguments=runs.plain(args),
-        )  # fmt: skip
+    run.save_genotype(
+        net.genotype(), args.one_stage,
+        method=f"ISTA-NAS {'one' if args.one_stage else 'two'}-stage search",
+        seed=args.seed, dataset=args.dataset, result=row, arguments=runs.plain(args),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ from torch.nn.utils import clip_grad_norm_  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import data  # noqa: E402
+import distributed  # noqa: E402
 import imagenet  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
@@ -128,7 +129,7 @@ def main(args):
     # --------------------------------------------------------------------------------------------
     checkpoint = source = None
     if args.resume:
-        checkpoint, args = runs.resume(args, "train")
+        checkpoint, args = distributed.first_before_others(lambda: runs.resume(args, "train"))
         source = checkpoint
     elif args.weights:
         source = read_weights(args.weights)
@@ -140,15 +141,15 @@ def main(args):
 
     notes = []
     if args.dataset == "imagenet":
-        train, test = imagenet.load(args.data)
+        train, test = distributed.first_before_others(lambda: imagenet.load(args.data))
         options = dict(image_size=args.image_size, device=device, workers=args.workers)
-        batches = functools.partial(imagenet.Batches, **options)
+        batches = functools.partial(imagenet.Batches, part=distributed.part(), **options)
     else:
-        train, test = data.load(
+        train, test = distributed.first_before_others(lambda: data.load(
             args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
-        )
-        options = dict(cutout_length=args.cutout_length if args.cutout else 0)
-        batches = functools.partial(data.Batches, channels_last=True, **options)
+        ))  # fmt: skip
+        options = dict(cutout_length=args.cutout_length if args.cutout else 0, channels_last=True)
+        batches = functools.partial(data.Batches, part=distributed.part(), **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
     notes += utils.fit_to_data(args, len(train))
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
@@ -168,12 +169,12 @@ def main(args):
     )
 
     if args.evaluate:
-        for note in notes:
-            print(note)
         loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
-        print(f"test accuracy {accuracies[0]:.2f} %, error {100 - accuracies[0]:.2f} %, "
-              + (f"top-5 accuracy {accuracies[1]:.2f} %, " if top5 else "")
-              + f"loss {loss:.4f}, on {len(test)} images of {args.dataset}")  # fmt: skip
+        notes.append(f"test accuracy {accuracies[0]:.2f} %, error {100 - accuracies[0]:.2f} %, "
+                     + (f"top-5 accuracy {accuracies[1]:.2f} %, " if top5 else "")
+                     + f"loss {loss:.4f}, on {len(test)} images of {args.dataset}")  # fmt: skip
+        if distributed.rank() == 0:
+            print("\n".join(notes))
         return
 
     # --------------------------------------------------------------------------------------------
@@ -193,17 +194,18 @@ def main(args):
         epoch, best = 0, 0.0
         run = runs.Run.create(args, "train")
         run.log(f"new run in {run.path}")
-        genotypes.save(
-            run.file("genotype.json"), genotypes.from_lists(config["genotype"]),
-            config["one_stage"], arch=args.arch, arguments=runs.plain(args),
+        run.save_genotype(
+            genotypes.from_lists(config["genotype"]), config["one_stage"], arch=args.arch,
+            arguments=runs.plain(args),
         )  # fmt: skip
     if device.type == "cpu":
         notes.append("there is no CUDA device: the published recipe takes weeks on a small CPU; "
                      "fewer --init_channels, --layers and --epochs help")  # fmt: skip
     for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
         run.log(note)
+    averaging = distributed.averaging(net)
     columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc",
-               *["test top-5"] * top5, "best acc", "time", "left"]  # fmt: skip
+               *["test top-5"] * top5, "best acc", "memory", "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
 
     # --------------------------------------------------------------------------------------------
@@ -221,7 +223,9 @@ def main(args):
         with utils.Epoch(
             run, name, train_batches, learning_rate, args.report_freq, args.epochs - epoch
         ) as progress:
-            meter = train_epoch(net, train_batches, optimizer, args, progress)
+            net.train()
+            meter = train_epoch(averaging, train_batches, optimizer, args, progress)
+            distributed.average_statistics(net)
             row["train_loss"], row["train_accuracy"] = meter.read()
             loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
             is_best = accuracies[0] > best
@@ -235,13 +239,13 @@ def main(args):
                 name, f"{learning_rate:.4f}",
                 f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
                 f"{loss:.3f}", *(f"{value:.2f} %" for value in [*accuracies, best]),
-                utils.duration(row["seconds"]),
+                f"{row['peak_memory_gib']:.2f} GiB", utils.duration(row["seconds"]),
                 utils.duration(row["seconds"] * (args.epochs - epoch)),
             ]))  # fmt: skip
             run.append("metrics.jsonl", row)
             run.show(row)
             if is_best:
-                runs.save_network(run.file("network-best.pt"), net, args, row)
+                run.save_network("network-best.pt", net, args, row)
             run.save_checkpoint({
                 "kind": "train", "version": arguments.__version__, "args": runs.plain(args),
                 "epoch": epoch, "best": best, "row": row,
@@ -253,8 +257,7 @@ def main(args):
     # What came out, and what to do with it
     # --------------------------------------------------------------------------------------------
     _, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
-    about = dict(epoch=epoch, **named(accuracies))
-    runs.save_network(run.file("network.pt"), net, args, about)
+    run.save_network("network.pt", net, args, dict(epoch=epoch, **named(accuracies)))
     run.draw()
     run.log(f"test accuracy {accuracies[0]:.2f} % after the last epoch (network.pt), "
             f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
@@ -284,7 +287,6 @@ def train_epoch(net, batches, optimizer, args, progress):
     -------
     utils.Meter
     """
-    net.train()
     parameters = list(net.parameters())
     device = parameters[0].device
     meter = utils.Meter(device)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import arguments
 import data
+import distributed
 import ista
 
 
@@ -57,21 +58,37 @@ def command(prog):
 
     SIGINT and SIGTERM end in exit status 130 and 143.
     """
+    distributed.start()  # before signals wait: one that comes while it does should end it
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signals)
+    if distributed.rank() > 0:
+        prog = f"{prog} (process {distributed.rank()})"
     try:
         yield
         signals.check()
+        distributed.stop()
     except (UserError, data.DataError, ista.SolverUnavailable) as error:
         arguments.fail(prog, error)
+    except distributed.Ended:
+        sys.exit(2)
     except torch.OutOfMemoryError:
         arguments.fail(prog, "the device has too little memory: give a smaller --batch_size")
     except Interrupted as interrupt:
-        signum = interrupt.args[0]
-        if signals.run:
-            signals.run.log(f"stopped; {signals.run.how_to_resume()}")
-        print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
-        sys.exit(128 + signum)
+        _stop(prog, interrupt.args[0])
+    except RuntimeError as error:
+        if not distributed.is_loss(error):
+            raise
+        if signals.waiting:  # it came to all, and another process was a step ahead
+            _stop(prog, signals.waiting)
+        hint = signals.run.how_to_resume() if signals.run else "see its message, and start again"
+        arguments.fail(prog, f"another process of this run has ended; {hint}")
+
+
+def _stop(prog, signum):
+    if signals.run:
+        signals.run.log(f"stopped; {signals.run.how_to_resume()}")
+    print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
+    sys.exit(128 + signum)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,9 +97,14 @@ def command(prog):
 
 
 def choose_device(name):
-    """The torch.device of --device; by default CUDA where there is one, else the CPU."""
+    """The torch.device of --device; by default CUDA where there is one, else the CPU.
+
+    Of several processes on a machine, each has a CUDA device of its own.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.local_rank() is not None:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -108,26 +130,37 @@ def random_state(generator):
     ----------
     generator : torch.Generator
         That of the data order and augmentation.
+
+    Returns
+    -------
+    list of dict
+        One for each process.
     """
     name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
+    return distributed.gather({
         "python": list(random.getstate()),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "data": generator.get_state(),
-    }
+    })  # fmt: skip
 
 
-def set_random_state(state, generator):
-    """Put all random generators back into the states of `random_state`."""
+def set_random_state(states, generator):
+    """Put all random generators back into the states of `random_state`.
+
+    Processes that were not there then keep their own, but for that of the data, common to all.
+    """
+    generator.set_state(states[0]["data"])
+    if distributed.rank() >= len(states):
+        return
+    state = states[distributed.rank()]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-    generator.set_state(state["data"])
 
 
 def autocast(device, enabled):
@@ -211,14 +244,17 @@ class Meter:
         self.first_bad = torch.minimum(self.first_bad, bad)
 
     def read(self):
-        """Mean loss, accuracy in percent and, if counted, top-5 accuracy. Waits for the device.
+        """Mean loss, accuracy in percent and, if counted, top-5 accuracy, over all processes.
+
+        Waits for the device, and for the processes.
 
         Raises
         ------
         Diverged
             With the number of the first batch (from 1) whose loss was not finite.
         """
-        (loss, n, *correct), first_bad = self.sums.tolist(), self.first_bad.item()
+        loss, n, *correct = distributed.reduce(self.sums).tolist()
+        first_bad = distributed.reduce(self.first_bad, distributed.MIN).item()
         if math.isfinite(first_bad):
             raise Diverged(int(first_bad))
         return loss / n, *(100 * count / n for count in correct)
@@ -254,12 +290,14 @@ class Epoch:
     def __init__(self, run, name, batches, learning_rate, report_freq, epochs_left):
         self.run, self.label, self.learning_rate = run, f"epoch {name}", learning_rate
         self.total, self.report_freq = len(batches), report_freq
-        self.images_per_step, self.epochs_left = batches.batch_size, epochs_left
+        self.images_per_step = distributed.processes() * batches.batch_size
+        self.epochs_left = epochs_left
         self.steps = 0
         self.began = time.time()
         self.bar = tqdm(
             total=self.total, desc=self.label, leave=False, file=sys.stdout,
-            disable=not sys.stdout.isatty(), dynamic_ncols=True, bar_format=BAR,
+            disable=distributed.rank() > 0 or not sys.stdout.isatty(), dynamic_ncols=True,
+            bar_format=BAR,
         )  # fmt: skip
 
     def __enter__(self):
@@ -301,6 +339,7 @@ class Epoch:
 def fit_to_data(args, images):
     """Make an untyped --batch_size fit so many images; return what there is to say of the data."""
     notes = []
+    images //= distributed.processes()
     if args.batch_size > images and "batch_size" not in args.typed and images > 1:
         args.batch_size = images
         notes.append(f"--batch_size is {images}, for there are no more images")

@@ -26,17 +26,17 @@ from genotypes import NODES
 
 WIDTH, COLUMN = 6.9, 3.35  # inches: a page, and a column of a paper
 
-# Pools, skip, separable and dilated convolutions differ by hue and by dash, 3×3 and 5×5 by
-# lightness and by width. The hues stay apart for the colour-blind.
+# Pools, skip, separable and dilated convolutions differ by hue and by dash, 3×3 and 5×5 by width.
+# All differ by lightness, for prints in grey and for the colour-blind.
 # Operation: (name, colour, what can be read on it, dashes, line width)
 OPERATIONS = {
-    "max_pool_3x3": ("max 3×3", "#D55E00", "white", (0, (1, 1)), 1.5),
-    "avg_pool_3x3": ("avg 3×3", "#EBAA1E", "black", (0, (1, 1)), 1.5),
+    "max_pool_3x3": ("max 3×3", "#D9650F", "white", (0, (1, 1)), 1.5),
+    "avg_pool_3x3": ("avg 3×3", "#F2C643", "black", (0, (1, 1)), 1.5),
     "skip_connect": ("skip", "#1A1A1A", "white", "-", 0.8),
-    "sep_conv_3x3": ("sep 3×3", "#6DBBEB", "black", "-", 1.2),
-    "sep_conv_5x5": ("sep 5×5", "#0B5FA5", "white", "-", 2.0),
-    "dil_conv_3x3": ("dil 3×3", "#68C296", "black", (0, (4, 1.5)), 1.2),
-    "dil_conv_5x5": ("dil 5×5", "#00735C", "white", (0, (3, 1)), 2.0),
+    "sep_conv_3x3": ("sep 3×3", "#58A6DA", "black", "-", 1.2),
+    "sep_conv_5x5": ("sep 5×5", "#0A3F7D", "white", "-", 2.0),
+    "dil_conv_3x3": ("dil 3×3", "#7CCBA2", "black", (0, (4, 1.5)), 1.2),
+    "dil_conv_5x5": ("dil 5×5", "#0A8A6E", "white", (0, (3, 1)), 2.0),
 }
 for _name in genotypes.PRIMITIVES:  # one that was added to them
     OPERATIONS.setdefault(_name, (_name.replace("_", " "), "#8E4FA8", "white", "-", 1.2))

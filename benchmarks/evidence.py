@@ -9,8 +9,9 @@ scratch. All trainings have the same flags and the same seed. The runs are folde
 is there and done is not run again, and what was interrupted goes on, so this can be stopped and
 started at will. A table is printed and written to evidence.json, a picture to evidence.png.
 
-`--variant every_step="--recover_every 1"` adds as many searches with those flags, as a group of
-their own. Accuracies are those of the last epoch on the test images, which no search has seen.
+`--variants every_step="--recover_every 1" small_m="--proj_dims 4"` adds searches with those flags,
+as groups of their own. Accuracies are those of the last epoch on the test images, which no search
+has seen.
 """
 
 import argparse
@@ -48,8 +49,10 @@ def get_args_parser():
     parser.add_argument("--searches", type=count, default=8, metavar="K", help="search seeds")
     parser.add_argument("--random", type=count, default=8, metavar="R", help="random cells")
     parser.add_argument("--one_stage", type=count, default=1, metavar="N", help="one-stage seeds")
-    parser.add_argument("--variant", action="append", default=[], type=variant,
-                        metavar="NAME=FLAGS", help="further searches, with these flags as well")
+    parser.add_argument("--variants", nargs="+", default=[], type=variant, metavar="NAME=FLAGS",
+                        help="further searches, with these flags as well")
+    parser.add_argument("--variant_searches", type=count, default=3, metavar="K",
+                        help="search seeds of each variant")
     parser.add_argument("--search_flags", default=SEARCH, help="of every two-stage search")
     parser.add_argument("--train_flags", default=TRAIN, help="of every training")
     parser.add_argument("--one_stage_flags", default=ONE_STAGE, help="of every one-stage search")
@@ -76,15 +79,15 @@ def variant(text):
 
 def cells(args):
     """What is trained: its group and seed, and the flags of its search or none."""
-    groups = {"searched": args.search_flags}
-    groups |= {name: f"{args.search_flags} {flags}" for name, flags in args.variant}
-    for seed in range(max(args.searches, args.random, args.one_stage)):  # by turns
-        if seed < args.random:
-            yield "random", seed, None
-        if seed < args.searches:
-            yield from ((group, seed, flags) for group, flags in groups.items())
-        if seed < args.one_stage:
-            yield "one_stage", seed, f"--one_stage {args.one_stage_flags}"
+    groups = [
+        ("random", args.random, None),
+        ("searched", args.searches, args.search_flags),
+        ("one_stage", args.one_stage, f"--one_stage {args.one_stage_flags}"),
+    ]
+    for name, flags in args.variants:
+        groups.append((name, args.variant_searches, f"{args.search_flags} {flags}"))
+    for seed in range(max(count for _, count, _ in groups)):  # by turns
+        yield from ((group, seed, flags) for group, count, flags in groups if seed < count)
 
 
 def work_out(cell, args):
@@ -184,7 +187,7 @@ def tau(a, b):
 
 def summary(rows):
     """The text of the results."""
-    groups = {group: [r for r in rows if r["group"] == group] for group in names(rows)}
+    groups = by_group(rows)
     lines = [f"{'cell':<18}{'accuracy %':>12}{'params M':>12}{'mult-adds M':>14}{'supernet %':>12}"
              f"{'absorbed %':>12}{'changes':>9}{'skips':>7}"]  # fmt: skip
     for group, members in groups.items():
@@ -218,9 +221,10 @@ def summary(rows):
     return "\n".join(lines)
 
 
-def names(rows):
-    """The groups, in the order they come in."""
-    return list(dict.fromkeys(r["group"] for r in rows))
+def by_group(rows):
+    """The rows of each group, the groups in the order they come in."""
+    names = dict.fromkeys(r["group"] for r in rows)
+    return {name: [r for r in rows if r["group"] == name] for name in names}
 
 
 def optional(row, key, form):
@@ -238,9 +242,8 @@ def figure(rows):
     drawn = visualize._figure(visualize.WIDTH, 2.6, layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
     markers = "osD^vPX"
-    groups = names(rows)
-    for y, group in enumerate(groups):
-        members = [r for r in rows if r["group"] == group]
+    groups = by_group(rows)
+    for y, (group, members) in enumerate(groups.items()):
         own = [r["accuracy"] for r in members]
         look = dict(color=f"C{y}", marker=markers[y % len(markers)], markersize=4)
         left.plot(own, [y] * len(own), linestyle="", alpha=0.7, **look)
@@ -250,7 +253,7 @@ def figure(rows):
             left.text(mean, y + 0.36, f"{mean:.2f} ± {std:.2f}", ha="center")
         if "supernet" in members[0] and group != "one_stage":
             right.plot([r["supernet"] for r in members], own, linestyle="", label=group, **look)
-    left.set(yticks=range(len(groups)), yticklabels=groups, ylim=(-0.5, len(groups) - 0.3),
+    left.set(yticks=range(len(groups)), yticklabels=list(groups), ylim=(-0.5, len(groups) - 0.3),
              xlabel="test accuracy after training (%)")  # fmt: skip
     left.set_title("each dot a cell; above them mean ± std")
     right.set(xlabel="validation accuracy in the supernet (%)",
@@ -268,7 +271,7 @@ def main(args):
     todo = list(cells(args))
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(functools.partial(work_out, args=args), todo))
-    rows = sorted((result(cell, args) for cell in todo), key=lambda r: r["group"] != "random")
+    rows = [result(cell, args) for cell in sorted(todo, key=lambda cell: cell[1])]
     text = summary(rows)
     print(text)
     about = {name: str(value) for name, value in vars(args).items() if name != "typed"}

@@ -4,12 +4,13 @@ import hashlib
 import io
 import pickle
 import urllib.error
+from itertools import zip_longest
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
@@ -280,6 +281,31 @@ def test_endless_goes_round_and_resumes_at_the_start_of_an_epoch():
     generator.set_state(state)
     for (x, y), (x_again, y_again) in zip(expected, epoch(4) + epoch(4), strict=True):
         assert torch.equal(x, x_again) and torch.equal(y, y_again)
+
+
+@settings(deadline=None, database=None, max_examples=50, derandomize=True)
+@given(
+    n=st.integers(4, 60), size=st.integers(1, 9), parts=st.integers(2, 4), train=st.booleans()
+)
+def test_parts_of_batches_are_together_what_one_process_sees(n, size, parts, train):
+    assume(not train or (n >= parts * size and size > 1))
+    images, options = numbered(n), dict(train=train, cutout_length=4 * train)
+
+    whole = [*Batches(images, parts * size, generator=seeded(), **options)]
+    of_parts = [
+        Batches(images, size, generator=seeded(), part=(i, parts), **options) for i in range(parts)
+    ]
+    for batch, own in zip(whole, zip_longest(*of_parts), strict=False):
+        own = [part for part in own if part]
+        if train and len(batch[1]) % parts:  # the last one, cut to equal parts
+            assert [len(y) for _, y in own] == parts * [len(batch[1]) // parts]
+        else:
+            for together, alone in zip(zip(*own, strict=True), batch, strict=True):
+                assert torch.equal(torch.cat(together), alone)
+
+    # In the next pass the generators are still in step.
+    seen = torch.cat([y for part in of_parts for _, y in part])
+    assert n >= len(seen.unique()) == len(seen) >= n - train * (2 * parts - 1)
 
 
 @pytest.mark.parametrize("train", [True, False])

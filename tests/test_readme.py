@@ -21,15 +21,15 @@ PARSERS = {
 
 def commands():
     text = README.replace("\\\n", " ")
-    for line in text.splitlines():
-        found = re.match(r"(?:\+ |    )\S*python (search|train|visualize)\.py(.*)", line)
-        if found:
-            yield f"{found[1]}.py", shlex.split(found[2], comments=True)
+    launched = r"(?:\+ |    |`)(?:\S*python|torchrun .*?) (search|train|visualize)\.py([^`\n]*)"
+    for script, flags in re.findall(launched, text):
+        if flags != " --help":
+            yield f"{script}.py", shlex.split(flags, comments=True)
 
 
 def test_commands_parse():
     found = list(commands())
-    assert len(found) > 8
+    assert len(found) > 20
     for script, flags in found:
         PARSERS[script].parse_args(flags)
 

@@ -1,0 +1,220 @@
+"""Several processes that train together, by gloo on the CPU."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import (
+    ENVIRONMENT,
+    ONE_STAGE,
+    ROOT,
+    TINY,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same,
+    assert_same_run,
+    rows,
+    run,
+)
+
+LOOPS = {
+    "two-stage": [*TWO_STAGE, "--batch_size", 100],
+    "every step": [*TWO_STAGE, "--batch_size", 100, "--recover_every", 2],
+    "one-stage": [*ONE_STAGE, "--batch_size", 240],
+    "training": [*TRAIN, "--batch_size", 240],
+}
+
+# What torchrun tells the processes it starts; and each keeps what it would save as a checkpoint.
+MEDDLE = """
+import os, sys, torch
+sys.path.append({root!r})
+os.environ.update(RANK="{rank}", LOCAL_RANK="{rank}", WORLD_SIZE="{n}", LOCAL_WORLD_SIZE="{n}",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+import runs
+save_checkpoint = runs.Run.save_checkpoint
+def save(self, state):
+    torch.save(state, self.path + "-{rank}.pt")
+    save_checkpoint(self, state)
+runs.Run.save_checkpoint = save
+"""
+
+
+def start(script, *flags, cwd, n=2):
+    """n processes of a script that find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(n):
+        meddle = Path(tempfile.mkstemp(suffix=".py")[1])
+        meddle.write_text(MEDDLE.format(rank=rank, n=n, port=port, root=str(ROOT)))
+        processes.append(Process(script, *flags, cwd=cwd, meddle=meddle))
+    return processes
+
+
+def finish(processes):
+    for process in processes:
+        assert process.wait() == 0, process.stderr
+    return processes
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """For each loop, the folder of a run by 2 processes over 3 epochs, and its processes."""
+    made = {}
+
+    def make(loop):
+        if loop not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            processes = start(*LOOPS[loop], "--epochs", 3, "--save", "run", cwd=folder)
+            made[loop] = folder, finish(processes)
+        return made[loop]
+
+    return make
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_processes_end_with_the_same_weights_codes_and_optimizers(whole, loop):
+    folder, _ = whole(loop)
+    first, second = (state(folder / f"run-{rank}.pt") for rank in range(2))
+    assert len(first["random"]) == 2
+    assert_same(first, second)
+    assert_same(first, state(folder / "run/checkpoint.pt"))
+
+
+def test_the_first_process_speaks_and_writes_for_all(whole):
+    folder, (first, second) = whole("two-stage")
+    assert (second.stdout, second.stderr) == ("", "")
+    assert (folder / "run/log.txt").read_text() == first.stdout
+    assert [row["epoch"] for row in rows(folder / "run/metrics.jsonl")] == [1, 2, 3]
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "run-0.pt", "run-1.pt"]
+
+
+def test_processes_share_an_evaluation(whole):
+    folder, (first, _) = whole("training")
+    flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
+    together, silent = finish(start(*flags, cwd=folder))
+    alone = run(*flags, cwd=folder)
+    assert together.stdout == alone.stdout and silent.stdout == ""
+    found = re.search(r"test accuracy (\S+ %)", alone.stdout)[1]
+    assert f"test accuracy {found} after the last epoch" in first.stdout
+
+
+@pytest.mark.parametrize("loop", ["two-stage", "one-stage", "training"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_one_process_ends_the_others_with_a_message(whole, tmp_path, loop, victim):
+    folder, _ = whole(loop)
+    processes = start(*LOOPS[loop], "--epochs", 3, "--save", "run", cwd=tmp_path)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        time.sleep(0.02)
+    processes[victim].kill(signal.SIGKILL)
+    survivor = processes[1 - victim]
+    assert processes[victim].wait() == -signal.SIGKILL
+    assert survivor.wait() == 2
+    message = "another process of this run has ended; go on from the last checkpoint with: torchrun"
+    assert message in survivor.stderr and survivor.stderr.count("\n") == 1
+
+    script = LOOPS[loop][0]
+    finish(start(script, "--resume", "run", cwd=tmp_path))
+    assert_same_run(folder / "run", tmp_path / "run")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
+    processes = start(*LOOPS["two-stage"], "--epochs", 1, "--save", "run", cwd=tmp_path)
+    finish(processes)
+    run("search.py", "--resume", "run", "--epochs", 2, cwd=tmp_path)
+    finish(start("search.py", "--resume", "run", "--epochs", 3, cwd=tmp_path, n=3))
+    assert [row["epoch"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+    states = [state(tmp_path / f"run-{rank}.pt") for rank in range(3)]
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+    assert len(states[0]["random"]) == 3
+
+
+# A cell whose nodes use input 1 alone, so that no loss depends on what is made of input 0.
+LOPSIDED = (
+    "Genotype(normal=[{0}], normal_concat=range(2, 6), reduce=[{0}], reduce_concat=range(2, 6))"
+).format(", ".join(["('sep_conv_3x3', 1), ('dil_conv_3x3', 1)"] * 4))
+
+
+def test_parameters_that_no_loss_depends_on_are_no_obstacle(tmp_path):
+    flags = ["train.py", *TINY, "--arch", LOPSIDED, "--batch_size", 240, "--epochs", 2]
+    finish(start(*flags, "--save", "run", cwd=tmp_path))
+    assert_same(*(state(tmp_path / f"run-{rank}.pt") for rank in range(2)))
+
+
+AVERAGE = """
+import torch
+import torch.nn.functional as F
+import distributed
+from model_search import Network
+
+distributed.start()
+torch.manual_seed(0)
+net = Network(2, 10, 3)
+x, y = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+
+def gradients(net, x, y):
+    for p in net.parameters():
+        p.grad = None
+    F.cross_entropy(net(x)[0], y).backward()
+    return {name.removeprefix("module."): None if p.grad is None else p.grad.clone()
+            for name, p in net.named_parameters()}
+
+each = [gradients(net, x[i : i + 2], y[i : i + 2]) for i in (0, 2)]
+averaging = distributed.averaging(net, net.idle_parameters())
+i = 2 * distributed.rank()
+for _ in range(2):  # the first backward pass is another one than those that follow
+    together = gradients(averaging, x[i : i + 2], y[i : i + 2])
+    for name, a in each[0].items():
+        assert (a is None) == (together[name] is None), name
+        if a is not None:
+            torch.testing.assert_close(together[name], (a + each[1][name]) / 2)
+    assert any(each[0][f"normal_code.b.{j}"].abs().max() > 0 for j in range(4))
+"""
+
+
+def test_gradients_are_the_mean_over_the_processes(tmp_path):
+    script = tmp_path / "average.py"
+    script.write_text(AVERAGE)
+    finish(start(script, cwd=tmp_path))
+
+
+def torchrun(*command, cwd):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, "--nproc_per_node=2", str(ROOT / command[0]), *map(str, command[1:])],
+        cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_torchrun_starts_it(tmp_path):
+    done = torchrun(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert done.stdout.count("new run in run\n") == 1 and (tmp_path / "run/network.pt").exists()
+    again = torchrun(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
+    assert again.returncode != 0
+    errors = re.findall(r"^train.py.*: error: .*", again.stderr, re.M)
+    assert len(errors) == 1 and "exists already and is not overwritten" in errors[0]
+
+
+def test_a_batch_per_process_that_is_too_large_is_refused_once(tmp_path):
+    processes = start(*TRAIN, "--batch_size", 1000, cwd=tmp_path)
+    assert [process.wait() for process in processes] == [2, 2]
+    first, second = processes
+    assert "--batch_size 1000 of each of 2 processes" in first.stderr
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,102 @@
+"""benchmarks/evidence.py: its statistics, and a small experiment that is killed and repeated."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+from scripts import ENVIRONMENT, ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+import evidence  # noqa: E402
+
+SIZES = "--init_channels 2 --layers 3 --batch_size 240"
+FLAGS = [
+    "--image_size", "8", "--random", "2", "--searches", "1", "--one_stage", "0",
+    "--variants", "often=--recover_every 2 --epochs 1", "--variant_searches", "1",
+    "--search_flags", f"{SIZES} --epochs 2",
+    "--train_flags", f"{SIZES} --epochs 1 --no-auxiliary --no-cutout",
+]  # fmt: skip
+
+
+def start(folder):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS], cwd=folder,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path):
+    first = start(tmp_path)
+    while not (tmp_path / "out/search-searched-0/checkpoint.pt").exists():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    seen = (tmp_path / "out/train-random-0/finished").stat().st_mtime_ns
+
+    again = start(tmp_path)
+    output, errors = again.communicate()
+    assert again.returncode == 0, errors
+    commands = [line for line in output.splitlines() if ".py " in line]
+    assert not any("train-random-0" in line for line in commands)
+    assert (tmp_path / "out/train-random-0/finished").stat().st_mtime_ns == seen
+    cells = json.loads((tmp_path / "out/evidence.json").read_text())["cells"]
+    assert [(c["group"], c["seed"]) for c in cells] == [
+        ("random", 0), ("searched", 0), ("often", 0), ("random", 1)
+    ]  # fmt: skip
+    for cell in cells:
+        log = (tmp_path / f"out/train-{cell['group']}-{cell['seed']}/log.txt").read_text()
+        assert f"test accuracy {cell['accuracy']:.2f} % after the last epoch" in log
+        assert f"network: {cell['parameters'] / 1e6:.4f} M parameters" in log
+    assert len(cells[1]["changed"]) == 2 and len(cells[2]["changed"]) == 1
+    assert (tmp_path / "out/evidence.png").exists()
+    assert (tmp_path / "out/evidence.txt").read_text() in output
+
+    third = start(tmp_path)
+    output, _ = third.communicate()
+    assert third.returncode == 0 and ".py " not in output
+
+
+def rows(group, accuracies, **more):
+    return [
+        dict(group=group, seed=i, accuracy=a, parameters=1, multiply_adds=1)
+        | {key: values[i] for key, values in more.items()}
+        for i, a in enumerate(accuracies)
+    ]
+
+
+def test_the_text_gives_the_statistics():
+    random = [50.0, 52.0, 54.0, 56.0]
+    own, supernet = [55.0, 57.0, 53.0, 58.0], [40.0, 42.0, 41.0, 45.0]
+    text = evidence.summary(
+        rows("random", random) + rows("searched", own, supernet=supernet, changed=4 * [[3, 0]])
+    )
+    wins = np.mean([a > b for a in own for b in random])
+    assert f"a cell beats a random one in {100 * wins:.0f} % of pairs" in text
+    assert f"average random cell {100 * (55.75 - 53) / 53:+.2f} %" in text
+    assert f"after training {stats.kendalltau(supernet, own).statistic:+.2f} (" in text
+    assert f"searched: 55.75 ± {np.std(own, ddof=1):.2f} %" in text
+
+
+def test_draws_count_half():
+    assert evidence.beats([1.0, 1.0], [1.0, 1.0]) == 50
+
+
+@pytest.mark.parametrize("effect", [0.0, 3.0])
+def test_the_interval_tells_a_large_effect_from_none(effect):
+    rng = np.random.default_rng(1)
+    a, b = effect + rng.normal(size=8), rng.normal(size=8)
+    found = evidence.interval((a, b), evidence.beats)
+    assert found[0] <= evidence.beats(a, b) <= found[1]
+    assert (found[0] > 50) == (effect > 0)
+
+
+@pytest.mark.parametrize("text", ["often", "random=--lam 1", "a b=--lam 1", "=--lam 1"])
+def test_a_variant_needs_a_name_and_flags(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evidence.get_args_parser().parse_args(["--save", "out", "--variants", text])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
