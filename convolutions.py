@@ -9,6 +9,8 @@ and without one it is up to 30 times slower. All tensors are (batch, C, H, W) in
 memory, where a 1×1 convolution is a product of two matrices.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -47,9 +49,7 @@ class _Separable(torch.autograd.Function):
         y = _pointwise(between, w_point)
         # Few channels: much memory, and little to compute.
         kept = (None, None) if len(w_point) <= 32 else (between, y)
-        y, mean, invstd = torch.native_batch_norm(
-            y, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
-        )
+        y, mean, invstd = _batch_norm(y, scale, shift, norm)
         ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, *kept)
         ctx.eps, ctx.stride, ctx.dilation = norm.eps, stride, dilation
         return y
@@ -63,9 +63,7 @@ class _Separable(torch.autograd.Function):
         if y is None:
             between = _depthwise(x, w_depth, stride, dilation)
             y = _pointwise(between, w_point)
-        g, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
-            g, y, scale, None, None, mean, invstd, True, ctx.eps, (True, *need_norm)
-        )
+        g, g_scale, g_shift = _batch_norm_gradients(g, y, scale, mean, invstd, ctx.eps, need_norm)
         g_x = g_depth = g_point = None
         if need_point:
             g_point = (_pixels(g).T @ _pixels(between)).view_as(w_point)
@@ -75,6 +73,107 @@ class _Separable(torch.autograd.Function):
         if need_depth:
             g_depth = _depthwise_weight_gradient(g, x, w_depth, stride, dilation)
         return g_x, g_depth, g_point, g_scale, g_shift, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# BatchNorm
+# ------------------------------------------------------------------------------------------------
+# In torch's kernels each thread adds up in a row of C numbers of one array. Where these rows are
+# short, and not whole cache lines, the threads write to the same ones: two are slower than one.
+
+
+def batch_norm(x, norm, w=None):
+    """norm(x, w) in training: BatchNorm with the statistics of the batch.
+
+    Parameters
+    ----------
+    x : tensor, (batch, C, H, W)
+    norm : operations.BatchNorm2d
+    w : tensor of one number, optional
+    """
+    norm.num_batches_tracked.add_(1)
+    scale, shift = norm.scale_and_shift(w)
+    if x.is_cpu and _contended(x):
+        return _BatchNorm.apply(x, scale, shift, norm)
+    return F.batch_norm(
+        x, norm.running_mean, norm.running_var, scale, shift, True, norm.momentum, norm.eps
+    )
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, norm):
+        y, mean, invstd = _batch_norm(x, scale, shift, norm)
+        ctx.save_for_backward(x, scale, mean, invstd)
+        ctx.eps = norm.eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, scale, mean, invstd = ctx.saved_tensors
+        return *_batch_norm_gradients(
+            _channels_last(g), x, scale, mean, invstd, ctx.eps, ctx.needs_input_grad[1:3]
+        ), None  # fmt: skip
+
+
+def _contended(x):
+    C = x.shape[1]
+    is_usual = x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    return C < 64 and C % 16 > 0 and is_usual and torch.get_num_threads() > 1
+
+
+def _batch_norm(x, scale, shift, norm):
+    """Output, mean and 1/√(variance + ε), as torch.native_batch_norm gives them."""
+    B, C, H, W = x.shape
+    together = 16 // math.gcd(C, 16)  # so many pixels fill whole cache lines
+    if not _contended(x) or W % together:
+        return torch.native_batch_norm(
+            x, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
+    y = torch.empty_like(x)
+    wide, unused = (
+        t.permute(0, 2, 3, 1).view(B, H, -1, together * C).permute(0, 3, 1, 2) for t in (x, y)
+    )
+    means, invstds = x.new_empty(2, together * C)
+    torch.ops.aten.native_batch_norm.out(
+        wide, None, None, None, None, True, 0, norm.eps,
+        out=unused, save_mean=means, save_invstd=invstds,
+    )  # fmt: skip
+    means, variances = means.view(-1, C), invstds.view(-1, C).pow(-2)  # variance + ε
+    mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+    n = B * H * W
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_((variance - norm.eps) * (n / (n - 1)), norm.momentum)
+    invstd = variance.rsqrt()
+    a = invstd if scale is None else scale * invstd
+    b = -mean * a if shift is None else shift - mean * a
+    return torch.addcmul(_per_channel(b), x, _per_channel(a), out=y), mean, invstd
+
+
+def _batch_norm_gradients(g, y, scale, mean, invstd, eps, wanted):
+    """Gradients of input, scale and shift, the latter two where `wanted`.
+
+    With x̂ = (y − mean) invstd and n pixels, that of y is
+    scale invstd (g − Σg/n − x̂ Σ(g x̂)/n).
+    """
+    if not _contended(g):
+        return torch.ops.aten.native_batch_norm_backward(
+            g, y, scale, None, None, mean, invstd, True, eps, (True, *wanted)
+        )
+    n = g.numel() // len(mean)
+    work = g * y
+    g_shift = _pixels(g).sum(0)
+    g_scale = (_pixels(work).sum(0) - mean * g_shift) * invstd
+    a = invstd if scale is None else scale * invstd
+    b = g_scale * invstd * a / -n
+    c = g_shift * a / -n - b * mean
+    torch.addcmul(_per_channel(c), g, _per_channel(a), out=work).addcmul_(y, _per_channel(b))
+    return work, g_scale if wanted[0] else None, g_shift if wanted[1] else None
+
+
+def _per_channel(v):
+    return v[:, None, None]
 
 
 # ------------------------------------------------------------------------------------------------

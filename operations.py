@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convolutions import concatenate, diagonal, pointwise, separable
+from convolutions import batch_norm, concatenate, diagonal, pointwise, separable
 
 
 class State:
@@ -60,14 +60,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x, w=None):
-        if w is None:
-            return super().forward(x)
         if self.training:
-            self.num_batches_tracked.add_(1)
+            return batch_norm(x, self, w)
         return F.batch_norm(
-            x, self.running_mean, self.running_var, *self.scale_and_shift(w),
-            self.training, self.momentum, self.eps,
-        )  # fmt: skip
+            x, self.running_mean, self.running_var, *self.scale_and_shift(w), eps=self.eps
+        )
 
     def scale_and_shift(self, w=None):
         """(wγ, wβ), or None for what is 1 and 0."""

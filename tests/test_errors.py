@@ -160,7 +160,7 @@ EARLY = [
     (train("--evaluate"), "--evaluate needs"),
     (train("--evaluate", "--arch", "ISTA_twostage"), "--evaluate needs"),
     (train("--evaluate", "--weights", "no_such.pt"), "no such file"),
-    (train("--weights", "nothing"), "no such file"),
+    (train("--weights", "nothing"), "is a folder"),
     (train("--resume", "train", "--weights", "plain.pt"), "leave out"),
     (train("--arch", "ISTA_twostage", "--save", "train"), "exists already"),
     (train("--arch", "ISTA_twostage", "--drop_path_prob", "-0.1"), "number in"),

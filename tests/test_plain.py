@@ -18,7 +18,7 @@ import train
 from genotypes import NODES, PRIMITIVES
 from model import NetworkCIFAR, NetworkImageNet
 from model_search import Network
-from operations import State, build
+from operations import BatchNorm2d, State, build
 
 _spec = importlib.util.spec_from_file_location(
     "plain", Path(__file__).parents[1] / "benchmarks" / "plain.py"
@@ -146,6 +146,46 @@ def test_operations(primitive, stride, size, C, affine, norm_skips, dtype):
             y_plain = plain.operation(slow, x)
             assert_close(y, y_plain if w is None else w * y_plain, "output without gradients")
         assert torch.equal(x_fast, x)  # nothing is written over a shared input
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("affine, w", [(True, None), (True, 0.3), (False, None), (False, -0.3)])
+@pytest.mark.parametrize("C, size", [(36, 8), (36, 7), (40, 6), (6, 16), (72, 8)])
+def test_batch_norm_of_several_threads(two_threads, C, size, affine, w):
+    ours = BatchNorm2d(C, affine=affine)
+    x = (3 * torch.randn(4, C, size, size) + torch.randn(C, 1, 1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    if affine:
+        torch.nn.init.normal_(ours.weight)
+        torch.nn.init.normal_(ours.bias)
+    usual = copy.deepcopy(ours).double()
+
+    def results(norm, x, w, forward):
+        x.requires_grad_()
+        y = forward(norm, x, w)
+        y.pow(3).mean().backward()
+        gradients = [p.grad for p in [x, w, *norm.parameters()] if p is not None]
+        return [y, *norm.buffers(), *gradients]
+
+    def weight(dtype):
+        return None if w is None else torch.tensor(w, dtype=dtype, requires_grad=True)
+
+    wide = x.double().contiguous()
+    fast = results(ours, x, weight(torch.float32), lambda norm, x, w: norm(x, w))
+    reference = results(
+        usual, wide, weight(torch.float64),
+        lambda norm, x, w: torch.nn.BatchNorm2d.forward(norm, x) * (1 if w is None else w),
+    )  # fmt: skip
+    for a, b in zip(fast, reference, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("first", PRIMITIVES)
