@@ -151,7 +151,8 @@ def main(args):
         options = dict(cutout_length=args.cutout_length if args.cutout else 0, channels_last=True)
         batches = functools.partial(data.Batches, part=distributed.part(), **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
-    notes += utils.fit_to_data(args, len(train))
+    if not args.evaluate:
+        notes += utils.fit_to_data(args, len(train))
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
             f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "

@@ -22,6 +22,7 @@ from scripts import (
     Process,
     assert_same,
     assert_same_run,
+    imagenet_of_digits,
     rows,
     run,
 )
@@ -31,7 +32,11 @@ LOOPS = {
     "every step": [*TWO_STAGE, "--batch_size", 100, "--recover_every", 2],
     "one-stage": [*ONE_STAGE, "--batch_size", 240],
     "training": [*TRAIN, "--batch_size", 240],
-}
+    "imagenet": [
+        "train.py", "--dataset", "imagenet", "--data", "images", "--image_size", 32, "--arch",
+        "ISTA_ImageNet", "--init_channels", 2, "--layers", 3, "--batch_size", 16, "--workers", 1,
+    ],
+}  # fmt: skip
 
 # What torchrun tells the processes it starts; and each keeps what it would save as a checkpoint.
 MEDDLE = """
@@ -79,6 +84,8 @@ def whole(tmp_path_factory):
     def make(loop):
         if loop not in made:
             folder = tmp_path_factory.mktemp("whole")
+            if loop == "imagenet":
+                imagenet_of_digits(folder / "images")
             processes = start(*LOOPS[loop], "--epochs", 3, "--save", "run", cwd=folder)
             made[loop] = folder, finish(processes)
         return made[loop]
@@ -103,8 +110,9 @@ def test_the_first_process_speaks_and_writes_for_all(whole):
     assert sorted(path.name for path in folder.iterdir()) == ["run", "run-0.pt", "run-1.pt"]
 
 
-def test_processes_share_an_evaluation(whole):
-    folder, (first, _) = whole("training")
+@pytest.mark.parametrize("loop", ["training", "imagenet"])
+def test_processes_share_an_evaluation(whole, loop):
+    folder, (first, _) = whole(loop)
     flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
     together, silent = finish(start(*flags, cwd=folder))
     alone = run(*flags, cwd=folder)
