@@ -38,8 +38,6 @@ class Parser(argparse.ArgumentParser):
             action.help = f"{action.help} ({text})"
 
     def error(self, message):
-        if not is_first():  # all processes have the same flags, and the first one speaks
-            sys.exit(2)
         fail(self.prog, message)
 
     def parse_args(self, argv=None, published=lambda typed: {}, check=lambda args: None):
@@ -69,14 +67,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def is_first():
-    """Whether this is the first, or only, process of those that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def fail(prog, message):
-    """Say in one line on standard error what is wrong, and exit with status 2."""
-    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Say in one line on standard error what is wrong, and exit with status 2.
+
+    Of the processes that torchrun has started on a machine, which all find the same wrong, the
+    first one says it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -145,10 +143,13 @@ def add_shared(parser, datasets=DATASETS):
         "--image_size", type=whole(4), default=32, metavar="PIXELS",
         help="images are resized to this width and height; a multiple of 4",
     )  # fmt: skip
-    group.add_argument("--batch_size", type=whole(1), metavar="IMAGES", help="in a step")
     group.add_argument(
-        "--workers", type=whole(0), default=2, metavar="N", help="threads that read image files"
+        "--batch_size", type=whole(1), metavar="IMAGES", help="in a step, of each process"
     )
+    group.add_argument(
+        "--workers", type=whole(0), default=2, metavar="N",
+        help="threads that read image files; for imagenet, processes",
+    )  # fmt: skip
     switch(group, "cutout", "cut a square out of each training image")
     group.add_argument(
         "--cutout_length", type=whole(1), default=16, metavar="PIXELS", help="side of that square"
@@ -215,8 +216,9 @@ def check_shared(args):
         if args.save:
             raise ValueError("--resume continues in the run's own folder: leave out --save")
         checkpoint_path(args.resume)
-    elif args.save and os.path.lexists(args.save) and is_first():  # which makes it for all
-        if not os.path.isdir(args.save) or os.listdir(args.save):
+    elif args.save and os.path.lexists(args.save):
+        is_first = os.environ.get("RANK", "0") == "0"  # which makes it for all, maybe just now
+        if is_first and (not os.path.isdir(args.save) or os.listdir(args.save)):
             raise ValueError(
                 f"--save {args.save} exists already and is not overwritten: choose another "
                 f"folder, or continue that run with --resume {args.save}"

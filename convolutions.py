@@ -2,6 +2,8 @@
 
     y = separable(x, depthwise, pointwise, norm, w)     # norm(pointwise(depthwise(x)), w)
     y = pointwise(xs, weight)                           # a 1×1 convolution of cat(xs)
+    y = batch_norm(x, norm, w)                          # norm(x, w), in training
+    x_even, x_odd = diagonal(x)                         # every second pixel of x, from 0 and from 1
 
 The values are those of the layers, to rounding; what differs is the backward pass. oneDNN, which
 torch calls on a CPU, has kernels for all the convolutions here but not for all their gradients,

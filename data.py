@@ -161,9 +161,9 @@ class Batches:
     the generator set back to what it was before a pass, the pass repeats itself exactly.
 
     Of p processes, each takes its part of every batch of p * batch_size images: together they see
-    the images that one process with that batch size would, augmented alike, if their generators
-    begin in the same state. In training all parts of a batch have the same size, for which up to
-    p - 1 images of the last one are left out.
+    in a pass the images that one process with that batch size would, augmented alike, if their
+    generators begin in the same state. In training all parts of a batch have the same size, at
+    least 2: what the last batch holds beyond that is left out.
 
     Parameters
     ----------
@@ -198,9 +198,9 @@ class Batches:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         share = len(data) // part[1]
         if train and batch_size > share > 1:
-            of = f" of each of {part[1]} processes" if part[1] > 1 else ""
-            raise DataError(f"--batch_size {batch_size}{of} is larger than the {len(data)} images "
-                            f"to train on: give at most {share}")  # fmt: skip
+            each = f" for each of {part[1]} processes" if part[1] > 1 else ""
+            raise DataError(f"--batch_size {batch_size}{each} is too large for the {len(data)} "
+                            f"images to train on: give at most {share}")  # fmt: skip
         if len(self) == 0:
             what = f"too few images to {'train' if train else 'evaluate'} on ({len(data)})"
             raise DataError(f"{what}: use a larger data set or another --train_portion")
@@ -433,7 +433,7 @@ def _decode(paths, image_size, workers):
     def read(i):
         try:
             with Image.open(paths[i]) as file:
-                image = _to_rgb(file)
+                image = to_rgb(file)
         except Exception as error:  # Pillow's readers raise errors of many types
             raise DataError(
                 f"{paths[i]} cannot be read as an image ({error}): replace or remove it"
@@ -454,7 +454,7 @@ def _decode(paths, image_size, workers):
     return _channels_first(pixels), resized
 
 
-def _to_rgb(image):
+def to_rgb(image):
     if image.mode.startswith("I"):  # 16 bits, held in 16 or 32, which convert() would clip to 8
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

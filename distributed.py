@@ -7,6 +7,7 @@ those of the others, so that all take the same steps. The first one writes. With
 everything here does nothing.
 """
 
+import functools
 import os
 import warnings
 
@@ -51,7 +52,11 @@ def launcher():
     """What the command line of a script begins with, to run it as this one is run."""
     if processes() == 1:
         return "python"
-    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes())}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    machines = ""
+    if here < processes():
+        machines = f"--nnodes={processes() // here} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT "
+    return f"torchrun {machines}--nproc_per_node={here}"
 
 
 def start():
@@ -64,7 +69,9 @@ def start():
 
 
 def stop():
+    """Part from the other processes, at the same moment as they do."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -106,6 +113,17 @@ def first_before_others(function):
     return results[0] if results else function()
 
 
+def by_first(method):
+    """Have the first process alone do what a method does; on the others it does nothing."""
+
+    @functools.wraps(method)
+    def wrapper(*args, **kwargs):
+        if rank() == 0:
+            return method(*args, **kwargs)
+
+    return wrapper
+
+
 def gather(value):
     """List of the values of all processes."""
     if processes() == 1:
@@ -124,7 +142,7 @@ def reduce(tensor, operation=SUM):
     return tensor
 
 
-def averaging(net, idle=()):
+def averaged(net, idle=()):
     """The network, to be called such that backward passes average gradients over the processes.
 
     DistributedDataParallel notes in its first backward pass which parameters are reached, and

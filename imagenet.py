@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import SUFFIXES, DataError, normalize
+from data import SUFFIXES, DataError, normalize, to_rgb
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -60,7 +60,7 @@ def load(root):
     Raises
     ------
     DataError
-        When a folder is missing, a class is empty, alone, or not in both folders.
+        When a folder is missing, or a class is empty, alone, or in val/ only.
     """
     train, val = (_list(Path(root) / name) for name in ("train", "val"))
     if len(train.classes) == 1:
@@ -82,12 +82,19 @@ def _list(folder):
     if not folder.is_dir():
         raise DataError(f"{folder.parent} has no folder {folder.name}/: --dataset imagenet reads "
                         f"{folder}/<class>/*")  # fmt: skip
+
+    class Folder(ImageFolder):
+        def find_classes(self, directory):
+            names = sorted(e.name for e in os.scandir(directory) if e.is_dir())
+            names = [name for name in names if not name.startswith(".")]
+            if not names:
+                raise DataError(
+                    f"{folder} has no class folders: put the images in {folder}/<class>/"
+                )
+            return names, {name: k for k, name in enumerate(names)}
+
     try:
-        found = ImageFolder(folder, is_valid_file=_is_image, allow_empty=True)
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder} has no class folders: put the images in {folder}/<class>/"
-        ) from None
+        found = Folder(folder, is_valid_file=_is_image, allow_empty=True)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
     files = np.array([os.fsencode(path) for path, _ in found.samples], dtype=np.bytes_)
@@ -191,8 +198,8 @@ class Batches:
         if train and batch_size < 2:
             raise DataError("--batch_size 1: BatchNorm needs at least 2 images to train on")
         if train and batch_size > share:
-            of = f" of each of {part[1]} processes" if part[1] > 1 else ""
-            raise DataError(f"--batch_size {batch_size}{of} is larger than the {len(images)} "
+            each = f" for each of {part[1]} processes" if part[1] > 1 else ""
+            raise DataError(f"--batch_size {batch_size}{each} is too large for the {len(images)} "
                             f"images to train on: give at most {share}")  # fmt: skip
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -200,7 +207,7 @@ class Batches:
             _Reader(images, image_size, train),
             batch_sampler=Plan(len(images), batch_size, train, generator, part),
             collate_fn=_collate, worker_init_fn=_start_worker,
-            num_workers=workers, persistent_workers=workers > 0,
+            num_workers=workers, persistent_workers=train and workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else a pass would draw from the global one
         )  # fmt: skip
@@ -246,7 +253,7 @@ class _Reader:
         path = os.fsdecode(self.images.files[index])
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = to_rgb(file)
         except Exception as error:  # Pillow's readers raise errors of many types
             return DataError(f"{path} cannot be read as an image ({error}): replace or remove it")
         with torch.random.fork_rng(devices=[]):  # transforms know the global generator only

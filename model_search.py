@@ -285,7 +285,7 @@ class Network(Skeleton):
         self.normal_code = SparseCode(proj_dims, sparseness, lam)
         self.reduce_code = SparseCode(proj_dims, sparseness, lam)
         self.codes = (self.normal_code, self.reduce_code)
-        self.recover()
+        self._recover("homotopy", None, None)
         self._hold()
         self.register_load_state_dict_post_hook(Network._hold)
 

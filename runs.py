@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import functools
 import glob
 import json
 import os
@@ -18,19 +17,8 @@ import arguments
 import distributed
 import genotypes
 import visualize
+from distributed import by_first
 from utils import UserError
-
-
-def by_first(method):
-    """Have the first process alone do what a method does; on the others it does nothing."""
-
-    @functools.wraps(method)
-    def wrapper(*args, **kwargs):
-        if distributed.rank() == 0:
-            return method(*args, **kwargs)
-
-    return wrapper
-
 
 # ------------------------------------------------------------------------------------------------
 # Run folder
@@ -311,7 +299,7 @@ def resume(args, kind):
     checkpoint : dict
     args : argparse.Namespace
         Those of the run, except for the typed flags in `FREE` and a larger --epochs. `save` is the
-        run's folder, wherever it is now.
+        run's folder, wherever it is now, and `batch_size` is for as many processes as there are.
 
     Raises
     ------
@@ -335,5 +323,8 @@ def resume(args, kind):
                 f"--{name} {value} contradicts the run in {args.resume}, which has "
                 f"{saved.get(name)}: leave it out, or start a new run"
             )
+    # All processes together go on with the batches they had.
+    together = saved["batch_size"] * len(checkpoint["random"])
+    saved["batch_size"] = max(together // distributed.processes(), 1)
     saved.update(save=os.path.dirname(path) or ".", typed=args.typed, resume=args.resume)
     return checkpoint, type(args)(**saved)

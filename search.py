@@ -156,7 +156,8 @@ def main(args):
         args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
     ))  # fmt: skip
     if args.one_stage:
-        notes += utils.fit_to_data(args, len(train))
+        if not checkpoint:
+            notes += utils.fit_to_data(args, len(train))
         train_batches, arch_batches = batches(train), None
         held_out, held_out_batches = "test", batches(test, training=False)
         notes.append(
@@ -166,7 +167,8 @@ def main(args):
     else:
         halves = data.split(train.labels, args.train_portion, args.seed)
         weight_half, arch_half = (train.subset(half) for half in halves)
-        notes += utils.fit_to_data(args, min(len(weight_half), len(arch_half)))
+        if not checkpoint:
+            notes += utils.fit_to_data(args, min(len(weight_half), len(arch_half)))
         train_batches, arch_batches = batches(weight_half), batches(arch_half)
         held_out, held_out_batches = "valid", batches(arch_half, training=False)
         notes.append(
@@ -179,6 +181,7 @@ def main(args):
         one_stage=args.one_stage, auxiliary=args.auxiliary,
         proj_dims=args.proj_dims, sparseness=args.sparseness, lam=args.lam,
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    utils.seed_drop_path(args.seed)
     if checkpoint:
         net.load_state_dict(checkpoint["net"])
     weight_optimizer = torch.optim.SGD(
@@ -336,21 +339,21 @@ def two_stage_epoch(
     device = weights[0].device
     meter, arch_meter = utils.Meter(device), utils.Meter(device)
 
-    def averaging():
-        """The network for the steps on b and on the weights, until the next recovery."""
+    def averaged():
+        """The network for the steps on b, and for those on the weights, until the next recovery."""
         train_only(points, weights)
-        for_points = distributed.averaging(net)
+        net_for_b = distributed.averaged(net)
         train_only(weights, points)
-        return for_points, distributed.averaging(net, net.idle_parameters())
+        return net_for_b, distributed.averaged(net, net.idle_parameters())
 
     recoveries = []
-    for_points, for_weights = averaging()
+    net_for_b, net_for_weights = averaged()
     pairs = zip(batches, arch_batches.endless(), strict=False)
     for step, ((x, y), (x_arch, y_arch)) in enumerate(pairs, steps_before + 1):
         # b, with the weights as they are: no gradient of a weight is computed.
         train_only(points, weights)
         with utils.autocast(device, args.amp):
-            logits, _ = for_points(x_arch)
+            logits, _ = net_for_b(x_arch)
         loss = F.cross_entropy(logits.float(), y_arch)
         arch_optimizer.zero_grad()
         loss.backward()
@@ -360,7 +363,7 @@ def two_stage_epoch(
         # The weights, with b as it is now.
         train_only(weights, points)
         with utils.autocast(device, args.amp):
-            logits, _ = for_weights(x)
+            logits, _ = net_for_weights(x)
         loss = F.cross_entropy(logits.float(), y)
         weight_optimizer.zero_grad()
         loss.backward()
@@ -370,7 +373,7 @@ def two_stage_epoch(
 
         if args.recover_every != "epoch" and step % args.recover_every == 0:
             recoveries.append(net.recover(args.solver))
-            for_points, for_weights = averaging()
+            net_for_b, net_for_weights = averaged()
         progress.step(meter)
     return meter, arch_meter, recoveries
 
@@ -385,10 +388,10 @@ def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, args, progre
     weights = net.weight_parameters()
     device = weights[0].device
     meter = utils.Meter(device)
-    averaging = distributed.averaging(net, net.idle_parameters())
+    net = distributed.averaged(net, net.idle_parameters())
     for x, y in batches:
         with utils.autocast(device, args.amp):
-            logits, logits_aux = averaging(x)
+            logits, logits_aux = net(x)
         loss, total = utils.losses(logits, logits_aux, y, args.auxiliary_weight)
         arch_optimizer.zero_grad()
         weight_optimizer.zero_grad()

@@ -151,7 +151,7 @@ def main(args):
         options = dict(cutout_length=args.cutout_length if args.cutout else 0, channels_last=True)
         batches = functools.partial(data.Batches, part=distributed.part(), **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
-    if not args.evaluate:
+    if not args.evaluate and not checkpoint:
         notes += utils.fit_to_data(args, len(train))
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
@@ -162,6 +162,7 @@ def main(args):
     if source:
         load_weights(net, source["model"], args.weights or args.resume)
     net = net.to(device, memory_format=torch.channels_last)
+    utils.seed_drop_path(args.seed)
     test_batches = batches(test, args.batch_size, train=False)
     parameters, multiply_adds = cost(net, args.image_size)
     notes.append(
@@ -204,7 +205,7 @@ def main(args):
                      "fewer --init_channels, --layers and --epochs help")  # fmt: skip
     for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
         run.log(note)
-    averaging = distributed.averaging(net)
+    averaged = distributed.averaged(net)
     columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc",
                *["test top-5"] * top5, "best acc", "memory", "time", "left"]  # fmt: skip
     run.log(utils.table_row(columns))
@@ -225,7 +226,7 @@ def main(args):
             run, name, train_batches, learning_rate, args.report_freq, args.epochs - epoch
         ) as progress:
             net.train()
-            meter = train_epoch(averaging, train_batches, optimizer, args, progress)
+            meter = train_epoch(averaged, train_batches, optimizer, args, progress)
             distributed.average_statistics(net)
             row["train_loss"], row["train_accuracy"] = meter.read()
             loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)

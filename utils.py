@@ -61,8 +61,6 @@ def command(prog):
     distributed.start()  # before signals wait: one that comes while it does should end it
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signals)
-    if distributed.rank() > 0:
-        prog = f"{prog} (process {distributed.rank()})"
     try:
         yield
         signals.check()
@@ -80,14 +78,18 @@ def command(prog):
             raise
         if signals.waiting:  # it came to all, and another process was a step ahead
             _stop(prog, signals.waiting)
-        hint = signals.run.how_to_resume() if signals.run else "see its message, and start again"
-        arguments.fail(prog, f"another process of this run has ended; {hint}")
+        hint = signals.run.how_to_resume() if signals.run else "see what it says, and start again"
+        reason = str(error).splitlines()[0]
+        print(f"{prog}: error: another process of this run has ended; {hint} ({reason})",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
 
 
 def _stop(prog, signum):
     if signals.run:
         signals.run.log(f"stopped; {signals.run.how_to_resume()}")
-    print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
+    if distributed.rank() == 0:
+        print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
     sys.exit(128 + signum)
 
 
@@ -103,11 +105,19 @@ def choose_device(name):
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.local_rank() is not None:
-        name = f"cuda:{distributed.local_rank()}"
+    if name.startswith("cuda") and distributed.processes() > 1:
+        devices, local_rank = torch.cuda.device_count(), distributed.local_rank()
+        if name != "cuda":
+            raise UserError(f"--device {name}: each process takes a device of its own: give cuda")
+        if local_rank >= devices:
+            raise UserError(f"there are {devices} CUDA devices: give torchrun "
+                            f"--nproc_per_node={devices} at most")  # fmt: skip
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): leave it out, "
@@ -121,6 +131,12 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_drop_path(seed):
+    """Have each process drop other paths, once all have made the same network."""
+    if distributed.rank() > 0:
+        torch.manual_seed(seed + distributed.rank())
 
 
 def random_state(generator):
@@ -141,7 +157,8 @@ def random_state(generator):
         "python": list(random.getstate()),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(generator.device) if generator.device.type == "cuda"
+        else None,
         "data": generator.get_state(),
     })  # fmt: skip
 
@@ -159,8 +176,8 @@ def set_random_state(states, generator):
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if generator.device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], generator.device)
 
 
 def autocast(device, enabled):
@@ -306,6 +323,8 @@ class Epoch:
 
     def __exit__(self, kind, error, _):
         self.bar.close()
+        if kind is Diverged and distributed.rank() > 0:
+            raise distributed.Ended from None
         if kind is Diverged:
             raise UserError(
                 f"{self.label}, step {error}: the loss is not finite at learning rate "
@@ -339,10 +358,16 @@ class Epoch:
 def fit_to_data(args, images):
     """Make an untyped --batch_size fit so many images; return what there is to say of the data."""
     notes = []
-    images //= distributed.processes()
-    if args.batch_size > images and "batch_size" not in args.typed and images > 1:
-        args.batch_size = images
-        notes.append(f"--batch_size is {images}, for there are no more images")
+    processes = distributed.processes()
+    if "batch_size" not in args.typed:  # the published one is that of all processes together
+        args.batch_size = max(args.batch_size // processes, 1)
+        share = images // processes
+        if args.batch_size > share > 1:
+            args.batch_size = share
+            notes.append(f"--batch_size is {share}, for there are no more images")
+    if processes > 1:
+        notes.append(f"{processes} processes with --batch_size {args.batch_size}: a step takes "
+                     f"{processes * args.batch_size} images")  # fmt: skip
     if args.cutout and 2 * args.cutout_length > args.image_size:
         notes.append(f"warning: cutout of {args.cutout_length} pixels takes most of an image of "
                      f"{args.image_size}: give --cutout_length or --no-cutout")  # fmt: skip

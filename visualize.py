@@ -45,7 +45,7 @@ CELLS = {"normal": "normal cell", "reduce": "reduction cell"}
 
 
 @contextlib.contextmanager
-def _style():
+def style():
     """Matplotlib's own defaults but for these, whatever the user's matplotlibrc says."""
     try:
         import matplotlib.style
@@ -62,7 +62,7 @@ def _style():
         yield
 
 
-def _figure(width, height, **kwargs):
+def new_figure(width, height, **kwargs):
     from matplotlib.figure import Figure  # not pyplot: no window, and no state that others share
 
     return Figure((width, height), **kwargs)
@@ -125,8 +125,8 @@ def cells_figure(genotype, title=None, before=None, titles=("", ""), stacked=Fal
     title = (title or "") + "   filled: pairs that the other epoch does not have" * bool(before)
     top = 0.22 * bool(title)
     height = top + rows * (HEAD + high)
-    with _style():
-        figure = _figure(width, height)
+    with style():
+        figure = new_figure(width, height)
         grid = dict(left=0, right=1, bottom=0, top=1 - top / height, wspace=0, hspace=0)
         grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths, gridspec_kw=grid)
         for i, (pairs, concat, others, name) in enumerate(panels):
@@ -299,7 +299,7 @@ STRIP = 5.2  # inches: about the width of all epochs
 END = dict(color="black", linewidth=0.9, linestyle=(0, (4, 2)), marker="", zorder=5)
 
 
-@_style()
+@style()
 def search_figure(run):
     """Draw what every node chose in every epoch, how far its code moved, and the pairs' weights.
 
@@ -317,7 +317,7 @@ def search_figure(run):
         panels = [(_draw_choices, cell, 2.2) for cell in CELLS] + panels
         panels += [(_draw_weights, cell, 0.9) for cell in CELLS if run.history[-1].weights[cell]]
     heights = [height for *_, height in panels]
-    figure = _figure(WIDTH, 0.5 + sum(heights) + 0.22 * len(panels), layout="constrained")
+    figure = new_figure(WIDTH, 0.5 + sum(heights) + 0.22 * len(panels), layout="constrained")
     column = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     for axes, (draw, cell, _) in zip(column, panels, strict=True):
         draw(axes, run, until, cell)
@@ -431,7 +431,7 @@ SERIES = {
 }
 
 
-@_style()
+@style()
 def curves_figure(run):
     """Draw losses, accuracies and learning rate (and drop-path probability) over the epochs.
 
@@ -447,7 +447,7 @@ def curves_figure(run):
               "learning_rate": "learning rate"}
     if any(_series(run, "drop_path_prob")[1]):
         titles["drop_path_prob"] = "drop-path prob."
-    figure = _figure(WIDTH, 2.2, layout="constrained")
+    figure = new_figure(WIDTH, 2.2, layout="constrained")
     panels = figure.subplots(1, len(titles), width_ratios=[5, 5, 4, 4][: len(titles)])
     for axes, (what, title) in zip(panels, titles.items(), strict=True):
         axes.set_title(title)
@@ -466,7 +466,7 @@ def curves_figure(run):
     return figure
 
 
-@_style()
+@style()
 def compare_figure(runs):
     """Overlay the accuracies of runs; those that differ only by seed share a colour.
 
@@ -479,7 +479,7 @@ def compare_figure(runs):
     matplotlib.figure.Figure
     """
     groups, handles, late = _groups(runs), [], []
-    figure = _figure(WIDTH, 3 + 0.14 * len(groups), layout="constrained")
+    figure = new_figure(WIDTH, 3 + 0.14 * len(groups), layout="constrained")
     axes = figure.subplots()
     for i, group in enumerate(groups):
         seeds = f", {len(group)} seeds" if len(group) > 1 else ""
@@ -570,7 +570,7 @@ def _groups(runs):
 # ------------------------------------------------------------------------------------------------
 
 
-@_style()
+@style()
 def save(figure, path):
     """Write a figure, whole and over an older one; ValueError where it has another ending.
 

@@ -5,9 +5,11 @@
 
 For each search seed it runs search.py, and train.py on the cell that comes out; train.py on as many
 random cells (`--arch random:SEED`); and one-stage searches, whose cells it also trains from
-scratch. All trainings have the same flags and the same seed. The runs are folders of --save. What
-is there and done is not run again, and what was interrupted goes on, so this can be stopped and
-started at will. A table is printed and written to evidence.json, a picture to evidence.png.
+scratch (with BatchNorm after pools and skips, as they were searched). All trainings have the same
+flags and the same seed. The runs are folders of --save, and its flags.json has the flags. What is
+there and done is not run again, and what was interrupted goes on, so this can be stopped and
+started at will. The table goes to evidence.txt, its numbers to evidence.json, a picture to
+evidence.png.
 
 `--variants every_step="--recover_every 1" small_m="--proj_dims 4"` adds searches with those flags,
 as groups of their own. Accuracies are those of the last epoch on the test images, which no search
@@ -63,6 +65,25 @@ def get_args_parser():
     parser.add_argument("--jobs", type=arguments.whole(1), default=1, help="runs at a time")
     parser.show_defaults()
     return parser
+
+
+# What may be given anew when an experiment goes on.
+FREE = {"searches", "random", "one_stage", "variants", "variant_searches", "jobs", "save"}
+
+
+def recall(args):
+    """The flags of an experiment that goes on, or those of a new one, which are kept."""
+    path = args.save / "flags.json"
+    flags = {k: v for k, v in vars(args).items() if k not in FREE | {"typed"}}
+    if not path.exists():
+        path.write_text(json.dumps(flags, indent=1))
+        return
+    kept = json.loads(path.read_text())
+    for name in args.typed:
+        if name not in FREE and kept[name] != flags[name]:
+            raise ValueError(f"--{name} {flags[name]} contradicts {path}, which has {kept[name]}: "
+                             "leave it out, or give another --save")  # fmt: skip
+    vars(args).update(kept)
 
 
 def variant(text):
@@ -122,7 +143,8 @@ def finish(script, run, flags, args):
 def choose_images(args):
     """Make args.data a folder of links to --images of it, the same number of each class."""
     source, chosen = Path(args.data), args.save / "images"
-    for split, count in zip(("train", "test"), args.images, strict=True):
+    test = "test" if (source / "test").is_dir() else "val"
+    for split, count in zip(("train", test), args.images, strict=True):
         classes = sorted(path for path in (source / split).iterdir() if path.is_dir())
         for folder in classes:
             (chosen / split / folder.name).mkdir(parents=True, exist_ok=True)
@@ -207,12 +229,13 @@ def summary(rows):
         if group != "random" and len(own) > 1 and len(chance) > 1:
             low, high = interval((own, chance), beats)
             lines.append(f"{group}: a cell beats a random one in {beats(own, chance):.0f} % of "
-                         f"pairs (95 % interval {low:.0f} to {high:.0f})")  # fmt: skip
+                         f"{len(own)}×{len(chance)} pairs "
+                         f"(95 % interval {low:.0f} to {high:.0f})")  # fmt: skip
             low, high = interval((own, chance), improvement)
             lines.append(f"{group}: relative improvement over the average random cell "
                          f"{improvement(own, chance):+.2f} % "
                          f"({low:+.2f} to {high:+.2f})")  # fmt: skip
-        if "supernet" in members[0] and len(own) > 2:
+        if "supernet" in members[0] and len(own) > 5:
             supernet = [r["supernet"] for r in members]
             low, high = interval((supernet, own), tau, paired=True)
             lines.append(f"{group}: Kendall's tau between the accuracies in the supernet and after "
@@ -236,10 +259,10 @@ def mean_and_std(values):
     return fmean(values), stdev(values)
 
 
-@visualize._style()
+@visualize.style()
 def figure(rows):
     """Accuracies of each group's cells, and those in the supernet against those after training."""
-    drawn = visualize._figure(visualize.WIDTH, 2.6, layout="constrained")
+    drawn = visualize.new_figure(visualize.WIDTH, 2.6, layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
     markers = "osD^vPX"
     groups = by_group(rows)
@@ -266,6 +289,7 @@ def figure(rows):
 def main(args):
     args.save = Path(args.save)
     args.save.mkdir(parents=True, exist_ok=True)
+    recall(args)
     if args.images:
         choose_images(args)
     todo = list(cells(args))
@@ -274,8 +298,7 @@ def main(args):
     rows = [result(cell, args) for cell in sorted(todo, key=lambda cell: cell[1])]
     text = summary(rows)
     print(text)
-    about = {name: str(value) for name, value in vars(args).items() if name != "typed"}
-    (args.save / "evidence.json").write_text(json.dumps({"flags": about, "cells": rows}, indent=1))
+    (args.save / "evidence.json").write_text(json.dumps({"cells": rows}, indent=1))
     (args.save / "evidence.txt").write_text(text + "\n")
     visualize.save(figure(rows), str(args.save / "evidence.png"))
     print(f"in {args.save}: evidence.json, evidence.txt, evidence.png")

@@ -198,7 +198,7 @@ def test_batch_sizes(n, batch_size, train_sizes, test_sizes):
 
 
 def test_a_batch_larger_than_the_training_data_is_an_error():
-    with pytest.raises(DataError, match="--batch_size 4 is larger than the 3 images"):
+    with pytest.raises(DataError, match="--batch_size 4 is too large for the 3 images"):
         Batches(numbered(3), 4, train=True)
     assert [len(y) for _, y in Batches(numbered(3), 4, train=False)] == [3]
 

@@ -97,7 +97,8 @@ def whole(tmp_path_factory):
 def test_processes_end_with_the_same_weights_codes_and_optimizers(whole, loop):
     folder, _ = whole(loop)
     first, second = (state(folder / f"run-{rank}.pt") for rank in range(2))
-    assert len(first["random"]) == 2
+    a, b = first["random"]
+    assert torch.equal(a["data"], b["data"]) and not torch.equal(a["torch"], b["torch"])
     assert_same(first, second)
     assert_same(first, state(folder / "run/checkpoint.pt"))
 
@@ -150,6 +151,7 @@ def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
     assert_same(states[0], states[1])
     assert_same(states[0], states[2])
     assert len(states[0]["random"]) == 3
+    assert [s["args"]["batch_size"] for s in states] == 3 * [2 * 100 // 3]
 
 
 # A cell whose nodes use input 1 alone, so that no loss depends on what is made of input 0.
@@ -183,10 +185,10 @@ def gradients(net, x, y):
             for name, p in net.named_parameters()}
 
 each = [gradients(net, x[i : i + 2], y[i : i + 2]) for i in (0, 2)]
-averaging = distributed.averaging(net, net.idle_parameters())
+averaged = distributed.averaged(net, net.idle_parameters())
 i = 2 * distributed.rank()
 for _ in range(2):  # the first backward pass is another one than those that follow
-    together = gradients(averaging, x[i : i + 2], y[i : i + 2])
+    together = gradients(averaged, x[i : i + 2], y[i : i + 2])
     for name, a in each[0].items():
         assert (a is None) == (together[name] is None), name
         if a is not None:
@@ -224,5 +226,6 @@ def test_a_batch_per_process_that_is_too_large_is_refused_once(tmp_path):
     processes = start(*TRAIN, "--batch_size", 1000, cwd=tmp_path)
     assert [process.wait() for process in processes] == [2, 2]
     first, second = processes
-    assert "--batch_size 1000 of each of 2 processes" in first.stderr
+    assert "--batch_size 1000 for each of 2 processes" in first.stderr
+    assert (second.stdout, second.stderr) == ("", "")
     assert not os.listdir(tmp_path)

@@ -172,7 +172,7 @@ LATE = [
     (digits("--device", "cuda"), "--device cuda"),
     (digits("--device", "abacus"), "--device abacus"),
     (digits("--solver", "mosek"), "licence"),
-    (digits("--batch_size", "720"), "--batch_size 720 is larger than the 719 images"),
+    (digits("--batch_size", "720"), "--batch_size 720 is too large for the 719 images"),
     (train("--arch", "ISTA_twostage", *TINY, "--batch_size", "1439"), "--batch_size 1439"),
     (digits("--batch_size", "1", "--train_portion", "0.0001"), "too few images"),
     (search("--dataset", "imagefolder", "--data", "nothing"), "train"),

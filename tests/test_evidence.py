@@ -22,10 +22,10 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def start(folder):
+def start(folder, *more):
     return subprocess.Popen(
-        [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS], cwd=folder,
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS, *more],
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -56,9 +56,11 @@ def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path)
     assert (tmp_path / "out/evidence.png").exists()
     assert (tmp_path / "out/evidence.txt").read_text() in output
 
-    third = start(tmp_path)
-    output, _ = third.communicate()
-    assert third.returncode == 0 and ".py " not in output
+    flags = json.loads((tmp_path / "out/flags.json").read_text())
+    assert flags["image_size"] == "8" and flags["search_flags"] == f"{SIZES} --epochs 2"
+    third = start(tmp_path, "--train_flags", SIZES)
+    _, errors = third.communicate()
+    assert third.returncode == 2 and errors.count("\n") == 1 and "contradicts" in errors
 
 
 def rows(group, accuracies, **more):
@@ -71,15 +73,16 @@ def rows(group, accuracies, **more):
 
 def test_the_text_gives_the_statistics():
     random = [50.0, 52.0, 54.0, 56.0]
-    own, supernet = [55.0, 57.0, 53.0, 58.0], [40.0, 42.0, 41.0, 45.0]
+    own = [55.0, 57.0, 53.0, 58.0, 54.5, 57.5]
+    supernet = [40.0, 42.0, 41.0, 45.0, 43.0, 44.0]
     text = evidence.summary(
-        rows("random", random) + rows("searched", own, supernet=supernet, changed=4 * [[3, 0]])
+        rows("random", random) + rows("searched", own, supernet=supernet, changed=6 * [[3, 0]])
     )
     wins = np.mean([a > b for a in own for b in random])
-    assert f"a cell beats a random one in {100 * wins:.0f} % of pairs" in text
-    assert f"average random cell {100 * (55.75 - 53) / 53:+.2f} %" in text
+    assert f"a cell beats a random one in {100 * wins:.0f} % of 6×4 pairs" in text
+    assert f"average random cell {100 * (np.mean(own) - 53) / 53:+.2f} %" in text
     assert f"after training {stats.kendalltau(supernet, own).statistic:+.2f} (" in text
-    assert f"searched: 55.75 ± {np.std(own, ddof=1):.2f} %" in text
+    assert f"searched: {np.mean(own):.2f} ± {np.std(own, ddof=1):.2f} %" in text
 
 
 def test_draws_count_half():

@@ -157,7 +157,7 @@ def test_labels_follow_the_training_folders(tmp_path):
 
 
 def test_batches_that_cannot_be(place):
-    with pytest.raises(data.DataError, match="larger than the 84 images"):
+    with pytest.raises(data.DataError, match="too large for the 84 images"):
         batches(place, 43, part=(0, 2))
     with pytest.raises(data.DataError, match="at least 2"):
         batches(place, 1)
