@@ -27,6 +27,11 @@ def commands():
             yield f"{script}.py", shlex.split(flags, comments=True)
 
 
+def test_every_file_is_named():
+    listed = re.findall(r"`(\w+\.py)`", README.split("## Editing it")[1].split("The scripts")[0])
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
 def test_commands_parse():
     found = list(commands())
     assert len(found) > 20
