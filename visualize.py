@@ -487,7 +487,8 @@ def compare_figure(runs):
         for run in group:
             _, epochs, values = _accuracy(run)
             late += values[len(values) // 3 :]  # what is lower is not worth the height
-            line = axes.plot(epochs, values, color=f"C{i}", label=label)
+            look = dict(color=f"C{i}", linestyle=("-", "--", "-.", ":")[i % 4])
+            line = axes.plot(epochs, values, label=label, **look)
         handles += line
     _epoch_axis(axes, max(run.metrics[-1]["epoch"] for run in runs))
     axes.set(ylim=(min(late, default=0) - 1, max(late, default=99) + 1), title="accuracy (%)")
