@@ -313,6 +313,8 @@ def resume(args, kind):
             f"--resume {args.resume}: that is not a checkpoint of a {kind} run; search.py resumes "
             "searches, and train.py trainings"
         )
+    if isinstance(checkpoint["random"], dict):  # of before there could be several processes
+        checkpoint["random"] = [checkpoint["random"]]
     saved = {**vars(args), **checkpoint["args"]}  # a flag that is newer than the run: its default
     for name in args.typed:
         value = getattr(args, name)
