@@ -48,11 +48,16 @@ def local_rank():
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
 
 
+def local_world_size():
+    """Number of the processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+
+
 def launcher():
     """What the command line of a script begins with, to run it as this one is run."""
     if processes() == 1:
         return "python"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    here = local_world_size()
     machines = ""
     if here < processes():
         machines = f"--nnodes={processes() // here} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT "

@@ -99,26 +99,35 @@ def _stop(prog, signum):
 
 
 def choose_device(name):
-    """The torch.device of --device; by default CUDA where there is one, else the CPU.
+    """The torch.device of --device, made the current one; by default CUDA, else the CPU.
 
-    Of several processes on a machine, each has a CUDA device of its own.
+    Of several ranks on a machine, each has a CUDA device of its own.
+
+    Raises
+    ------
+    UserError
+        If nothing can be trained there. Every rank of a machine with too few devices finds that.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and distributed.processes() > 1:
-        devices, local_rank = torch.cuda.device_count(), distributed.local_rank()
+        devices, ranks = torch.cuda.device_count(), distributed.local_world_size()
         if name != "cuda":
-            raise UserError(f"--device {name}: each process takes a device of its own: give cuda")
-        if local_rank >= devices:
-            raise UserError(f"there are {devices} CUDA devices: give torchrun "
-                            f"--nproc_per_node={devices} at most")  # fmt: skip
-        name = f"cuda:{local_rank}"
+            raise UserError(f"--device {name}: each rank takes a device of its own: give cuda")
+        if 0 < devices < ranks:
+            raise UserError(f"{ranks} ranks on a machine with {devices} CUDA devices: give "
+                            f"torchrun --nproc_per_node={devices}, or --device cpu")  # fmt: skip
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
         if device.type == "cuda":
+            if device.index is None:  # set_device takes no device without an index
+                device = torch.device("cuda", torch.cuda.current_device())
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # Some devices hold no float64, as codes need it, or have no generator, or hold no values.
+        generator = torch.Generator(device)
+        torch.rand(1, dtype=torch.float64, device=device, generator=generator).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): leave it out, "
             "or give cpu"
