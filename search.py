@@ -140,7 +140,7 @@ def main(args):
     checkpoint = None
     if args.resume:
         checkpoint, args = distributed.first_before_others(lambda: runs.resume(args, "search"))
-    device = utils.choose_device(args.device)
+    device = utils.choose_device(args.device, args.amp)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
 

@@ -135,7 +135,7 @@ def main(args):
         source = read_weights(args.weights)
         use_data_of(source["args"], args)
     config = network_config(args, source)
-    device = utils.choose_device(args.device)
+    device = utils.choose_device(args.device, args.amp)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
 

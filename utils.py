@@ -98,10 +98,16 @@ def _stop(prog, signum):
 # ------------------------------------------------------------------------------------------------
 
 
-def choose_device(name):
+def choose_device(name, amp=False):
     """The torch.device of --device, made the current one; by default CUDA, else the CPU.
 
     Of several ranks on a machine, each has a CUDA device of its own.
+
+    Parameters
+    ----------
+    name : str or None
+    amp : bool
+        Whether the device is to compute in bfloat16.
 
     Raises
     ------
@@ -132,6 +138,11 @@ def choose_device(name):
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): leave it out, "
             "or give cpu"
         ) from None
+    if device.type == "cuda":
+        # Emulated, bfloat16 is some 40 times the kernels of a step.
+        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating "
+                            "it is slower than float32: leave it out")  # fmt: skip
     return device
 
 
