@@ -143,6 +143,7 @@ def choose_device(name, amp=False):
         if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating "
                             "it is slower than float32: leave it out")  # fmt: skip
+        torch.backends.cudnn.benchmark = True  # a run has few shapes, each of them many times
     return device
 
 
