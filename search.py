@@ -203,7 +203,7 @@ def main(args):
         row = checkpoint["row"]
         weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
         arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
-        utils.set_random_state(checkpoint["random"], generator)
+        notes += utils.set_random_state(checkpoint["random"], generator, args.seed, epoch)
         run = runs.Run.resume(args, checkpoint)
     else:
         epoch, schedule_start = 0, None if args.one_stage else 0

@@ -190,7 +190,7 @@ def main(args):
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        utils.set_random_state(checkpoint["random"], generator)
+        notes += utils.set_random_state(checkpoint["random"], generator, args.seed, epoch)
         run = runs.Run.resume(args, checkpoint)
     else:
         epoch, best = 0, 0.0

@@ -184,21 +184,40 @@ def random_state(generator):
     })  # fmt: skip
 
 
-def set_random_state(states, generator):
+def set_random_state(states, generator, seed, epoch):
     """Put all random generators back into the states of `random_state`.
 
-    Processes that were not there then keep their own, but for that of the data, common to all.
+    A generator of one kind of device cannot take the state of one of another kind. On another kind
+    than the run was on, torch's generators are seeded from the run's seed and the epochs done.
+
+    Ranks that were not there then keep their own generators, but for that of the data, which is
+    common to all.
+
+    Returns
+    -------
+    list of str
+        What there is to say of it.
     """
+    rank, on_cuda = distributed.rank(), generator.device.type == "cuda"
+    state = states[rank] if rank < len(states) else None
+    if state:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+    if on_cuda != (states[0]["cuda"] is not None):
+        seed = random.Random(f"{seed} {epoch}").getrandbits(62)
+        generator.manual_seed(seed)
+        torch.manual_seed(seed + rank)
+        before = "the CPU" if on_cuda else "CUDA"
+        return [f"the run was on {before}, whose random numbers cannot be continued here: from "
+                f"epoch {epoch + 1} on, the order of the images, augmentation and drop-path are "
+                "drawn anew"]  # fmt: skip
     generator.set_state(states[0]["data"])
-    if distributed.rank() >= len(states):
-        return
-    state = states[distributed.rank()]
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if generator.device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], generator.device)
+    if state:
+        torch.set_rng_state(state["torch"])
+        if on_cuda:
+            torch.cuda.set_rng_state(state["cuda"], generator.device)
+    return []
 
 
 def autocast(device, enabled):
