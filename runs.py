@@ -18,7 +18,7 @@ import distributed
 import genotypes
 import visualize
 from distributed import by_first
-from utils import UserError
+from utils import UserError, choose_device
 
 # ------------------------------------------------------------------------------------------------
 # Run folder
@@ -75,6 +75,9 @@ class Run:
         run, epoch, epochs = cls(args.save), checkpoint["epoch"], checkpoint["args"]["epochs"]
         run.cut(epoch)
         run.log(f"resumed {run.path} after epoch {epoch}")
+        if args.device is None and (device := checkpoint["args"]["device"]) is not None:
+            run.log(f"--device {device}, which the run was given, cannot be used here: it goes on "
+                    "with the default one")  # fmt: skip
         if args.epochs != epochs:
             run.log(f"--epochs is {args.epochs} now, and was {epochs}: from here on, learning rate "
                     f"and drop-path follow the schedule of {args.epochs} epochs")  # fmt: skip
@@ -299,7 +302,8 @@ def resume(args, kind):
     checkpoint : dict
     args : argparse.Namespace
         Those of the run, except for the typed flags in `FREE` and a larger --epochs. `save` is the
-        run's folder, wherever it is now, and `batch_size` is for as many processes as there are.
+        run's folder, wherever it is now, `batch_size` is for as many processes as there are, and
+        `device` is None where that of the run cannot be used.
 
     Raises
     ------
@@ -328,5 +332,10 @@ def resume(args, kind):
     # All processes together go on with the batches they had.
     together = saved["batch_size"] * len(checkpoint["random"])
     saved["batch_size"] = max(together // distributed.processes(), 1)
+    if "device" not in args.typed:  # that of the run, where there is such a one
+        try:
+            choose_device(saved["device"])
+        except UserError:
+            saved["device"] = None
     saved.update(save=os.path.dirname(path) or ".", typed=args.typed, resume=args.resume)
     return checkpoint, type(args)(**saved)
