@@ -310,7 +310,7 @@ def _channels_last(x):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tensors taken apart and put together, with gradients in channels-last memory
+# Tensors taken apart and put together, with gradients that are contiguous in memory
 # ------------------------------------------------------------------------------------------------
 
 
@@ -324,13 +324,13 @@ class _Diagonal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.shape = x.shape
-        return _channels_last(x[:, :, ::2, ::2]), _channels_last(x[:, :, 1::2, 1::2])
+        ctx.shape, ctx.layout = x.shape, _layout(x)
+        return tuple(x[:, :, i::2, i::2].contiguous(memory_format=ctx.layout) for i in (0, 1))
 
     @staticmethod
     def backward(ctx, g_even, g_odd):
         g = torch.empty(
-            ctx.shape, dtype=g_even.dtype, device=g_even.device, memory_format=torch.channels_last
+            ctx.shape, dtype=g_even.dtype, device=g_even.device, memory_format=ctx.layout
         ).zero_()
         g[:, :, ::2, ::2] = g_even
         g[:, :, 1::2, 1::2] = g_odd
@@ -352,4 +352,11 @@ class _Concatenate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return tuple(_channels_last(part) for part in g.split(ctx.sizes, dim=1))
+        layout = _layout(g)
+        return tuple(part.contiguous(memory_format=layout) for part in g.split(ctx.sizes, dim=1))
+
+
+def _layout(x):
+    """The memory format of x, which on CUDA may also be NCHW."""
+    is_nchw = x.is_cuda and x.is_contiguous()
+    return torch.contiguous_format if is_nchw else torch.channels_last

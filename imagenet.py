@@ -160,7 +160,7 @@ class Plan:
 
 
 class Batches:
-    """Batches ``(x, y)``: float32 (B, 3, H, W), normalised, in channels-last memory; int64 (B,).
+    """Batches ``(x, y)``: float32 (B, 3, H, W), normalised; int64 (B,).
 
     Each iteration is one pass over the images, as `Plan` says. Training images are cropped at
     random (8 to 100 % of the area), resized, mirrored and jittered in colour; others are resized
@@ -183,6 +183,8 @@ class Batches:
         Processes that read images; 0 reads in this one.
     generator, part
         As in `Plan`.
+    channels_last : bool
+        Memory format of x.
 
     Raises
     ------
@@ -192,7 +194,7 @@ class Batches:
 
     def __init__(
         self, images, batch_size, *, train, image_size=224, device="cpu", workers=0,
-        generator=None, part=(0, 1),
+        generator=None, part=(0, 1), channels_last=True,
     ):  # fmt: skip
         share = len(images) // part[1]
         if train and batch_size < 2:
@@ -203,6 +205,7 @@ class Batches:
                             f"images to train on: give at most {share}")  # fmt: skip
         self.batch_size = batch_size
         self.device = torch.device(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.loader = DataLoader(
             _Reader(images, image_size, train),
             batch_sampler=Plan(len(images), batch_size, train, generator, part),
@@ -220,7 +223,8 @@ class Batches:
             if isinstance(batch, DataError):
                 raise batch
             pixels, labels = (part.to(self.device, non_blocking=True) for part in batch)
-            yield normalize(pixels.permute(0, 3, 1, 2), MEAN, STD), labels
+            pixels = pixels.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
+            yield normalize(pixels, MEAN, STD), labels
 
     def _read(self):
         try:

@@ -141,13 +141,14 @@ def main(args):
     if args.resume:
         checkpoint, args = distributed.first_before_others(lambda: runs.resume(args, "search"))
     device = utils.choose_device(args.device, args.amp)
+    memory_format = utils.memory_format(device, args.amp)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def batches(images, training=True):
         return data.Batches(
-            images, args.batch_size, train=training, generator=generator, channels_last=True,
-            part=distributed.part(),
+            images, args.batch_size, train=training, generator=generator,
+            channels_last=memory_format is torch.channels_last, part=distributed.part(),
             cutout_length=args.cutout_length if args.cutout else 0,
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ def main(args):
         args.init_channels, len(train.classes), args.layers,
         one_stage=args.one_stage, auxiliary=args.auxiliary,
         proj_dims=args.proj_dims, sparseness=args.sparseness, lam=args.lam,
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    ).to(device, memory_format=memory_format)  # fmt: skip
     utils.seed_drop_path(args.seed)
     if checkpoint:
         net.load_state_dict(checkpoint["net"])

@@ -136,20 +136,22 @@ def main(args):
         use_data_of(source["args"], args)
     config = network_config(args, source)
     device = utils.choose_device(args.device, args.amp)
+    memory_format = utils.memory_format(device, args.amp)
     utils.seed_everything(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     notes = []
+    layout = dict(part=distributed.part(), channels_last=memory_format is torch.channels_last)
     if args.dataset == "imagenet":
         train, test = distributed.first_before_others(lambda: imagenet.load(args.data))
         options = dict(image_size=args.image_size, device=device, workers=args.workers)
-        batches = functools.partial(imagenet.Batches, part=distributed.part(), **options)
+        batches = functools.partial(imagenet.Batches, **layout, **options)
     else:
         train, test = distributed.first_before_others(lambda: data.load(
             args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
         ))  # fmt: skip
-        options = dict(cutout_length=args.cutout_length if args.cutout else 0, channels_last=True)
-        batches = functools.partial(data.Batches, part=distributed.part(), **options)
+        options = dict(cutout_length=args.cutout_length if args.cutout else 0)
+        batches = functools.partial(data.Batches, **layout, **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
     if not args.evaluate and not checkpoint:
         notes += utils.fit_to_data(args, len(train))
@@ -161,7 +163,7 @@ def main(args):
     net = model.from_config(config)
     if source:
         load_weights(net, source["model"], args.weights or args.resume)
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=memory_format)
     utils.seed_drop_path(args.seed)
     test_batches = batches(test, args.batch_size, train=False)
     parameters, multiply_adds = cost(net, args.image_size)
