@@ -1,55 +1,99 @@
-"""Command-line flags that both scripts share, and how a wrong one is answered.
-
-Nothing here imports torch, so that a typing error is answered at once.
-"""
+"""Every flag of both scripts, its default in each published setting, and its check."""
 
 import argparse
+import math
 import os
+import shlex
 import sys
 
-__version__ = "0.1.0"
+import genotypes
+import ista
+from utils import UserError
+
+__version__ = "0.2.0"
+
+# ------------------------------------------------------------------------------------------------
+# Published settings
+# ------------------------------------------------------------------------------------------------
+
+TWO_STAGE = dict(
+    init_channels=16, layers=8, image_size=32, batch_size=256, epochs=50, seed=2,
+    learning_rate=0.1, learning_rate_min=0.001, weight_decay=3e-4, label_smoothing=0.0,
+    arch_learning_rate=6e-4, auxiliary=False, cutout=False, drop_path_prob=0.0, max_params=None,
+)
+ONE_STAGE = dict(
+    init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=5,
+    learning_rate=0.025, learning_rate_min=0.001, weight_decay=3e-4, label_smoothing=0.0,
+    arch_learning_rate=3e-4, auxiliary=True, cutout=True, drop_path_prob=0.2, max_params=3.7,
+)
+RETRAINING = dict(
+    init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=0,
+    learning_rate=0.025, learning_rate_min=0.0, weight_decay=3e-4, label_smoothing=0.0,
+    auxiliary=True, cutout=True, drop_path_prob=0.2,
+)
+IMAGENET = dict(
+    init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250, seed=0,
+    learning_rate=0.5, learning_rate_min=0.0, weight_decay=3e-5, label_smoothing=0.1,
+    auxiliary=True, cutout=False, drop_path_prob=0.0,
+)
+# The paper has searched on ImageNet in one stage, but does not say how: the recipe of the
+# retraining, with b and the seed as on CIFAR, is our choice; so is two-stage search on it.
+ONE_STAGE_IMAGENET = {**ONE_STAGE, **IMAGENET, "seed": ONE_STAGE["seed"], "max_params": None}
+TWO_STAGE_IMAGENET = {**TWO_STAGE, "image_size": 224}
+
+
+def search_setting(typed):
+    """The published setting of the search that the typed flags ask for."""
+    imagenet = typed.get("dataset") == "imagenet"
+    if typed.get("one_stage"):
+        return ONE_STAGE_IMAGENET if imagenet else ONE_STAGE
+    return TWO_STAGE_IMAGENET if imagenet else TWO_STAGE
+
+
+def train_setting(typed):
+    """The published setting of the data set that the typed flags name."""
+    return IMAGENET if typed.get("dataset") == "imagenet" else RETRAINING
+
+
+# ------------------------------------------------------------------------------------------------
+# Parser, and how a wrong flag is answered
+# ------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that answers an error with one line, and knows which flags were typed."""
 
-    def __init__(self, prog, description):
+    def __init__(self, prog, description, published, check):
+        self.published, self.check = published, check
         super().__init__(
             prog=prog, description=description, usage=f"{prog} [flags]", allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                 prog, max_help_position=32, width=100
             ),
-        )  # fmt: skip
+        )
 
-    def show_defaults(self, **settings):
+    def show_defaults(self, settings):
         """Say in the help of each flag what its default is, in each of the published settings."""
         for action in self._actions:
             values = {name: column.get(action.dest) for name, column in settings.items()}
-            if None in values.values():
+            if set(values.values()) == {None}:
                 if action.default in (None, argparse.SUPPRESS):
                     continue
                 values = {"default": action.default}
             if len(set(values.values())) == 1:
                 values = {"default": next(iter(values.values()))}
-            text = ", ".join(
-                f"{name.replace('_', '-')}: {('off', 'on')[v] if isinstance(v, bool) else v}"
-                for name, v in values.items()
-            )
+            text = ", ".join(f"{name}: {shown(value)}" for name, value in values.items())
             action.help = f"{action.help} ({text})"
 
     def error(self, message):
         fail(self.prog, message)
 
-    def parse_args(self, argv=None, published=lambda typed: {}, check=lambda args: None):
+    def parse_args(self, argv=None):
         """Parse flags; what is not typed comes from the published setting, else the default.
 
         Parameters
         ----------
         argv : list of str, optional
-        published : callable
-            published(typed) gives the defaults of the setting that the typed flags ask for.
-        check : callable
-            check(args) raises ValueError where the flags cannot be right.
 
         Returns
         -------
@@ -59,32 +103,35 @@ class Parser(argparse.ArgumentParser):
         defaults = {a.dest: a.default for a in self._actions if a.dest != "help"}
         typed = vars(super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, ...))))
         typed = {name: value for name, value in typed.items() if value is not ...}
-        args = argparse.Namespace(**{**defaults, **published(typed), **typed}, typed=sorted(typed))
+        setting = self.published(typed)
+        args = argparse.Namespace(**{**defaults, **setting, **typed}, typed=sorted(typed))
         try:
-            check(args)
+            self.check(args)
         except ValueError as error:
             self.error(error)
         return args
 
 
+def shown(value):
+    """A default as the help shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else value
+
+
 def fail(prog, message):
     """Say in one line on standard error what is wrong, and exit with status 2.
 
-    Of the processes that torchrun has started on a machine, which all find the same wrong, the
-    first one says it.
+    Of the ranks that torchrun has started on a machine, which all find the same wrong, the first
+    one says it.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Types of flags
-# ------------------------------------------------------------------------------------------------
-
-
-def whole(low):
-    """Type of a flag that takes a whole number of at least `low`."""
+def whole(low, high=math.inf):
+    """Type of a flag that takes a whole number of at least `low` and at most `high`."""
 
     def parse(text):
         try:
@@ -93,6 +140,8 @@ def whole(low):
             value = low - 1
         if value < low:
             raise argparse.ArgumentTypeError(f"give a whole number of at least {low}, not {text!r}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"give a whole number of at most {high}, not {text!r}")
         return value
 
     return parse
@@ -116,19 +165,93 @@ def real(low, high=float("inf"), *, open_low=False, open_high=True):
     return parse
 
 
+def recovery_interval(text):
+    """Type of --recover_every: "epoch", or a number of steps."""
+    return text if text == "epoch" else whole(1)(text)
+
+
 def switch(group, name, help):
     """Add the pair --name / --no-name."""
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help)
 
 
 # ------------------------------------------------------------------------------------------------
-# Shared flags
+# Flags
 # ------------------------------------------------------------------------------------------------
 
-DATASETS = ["cifar10", "cifar100", "digits", "imagefolder"]
+DATASETS = ["cifar10", "cifar100", "digits", "imagefolder", "imagenet"]
 
 
-def add_shared(parser, datasets=DATASETS):
+def get_search_parser(description):
+    parser = Parser("search.py", description, search_setting, check_search)
+    add_shared(parser)
+
+    group = parser.add_argument_group("architecture")
+    switch(group, "one_stage", "search at the target size, in one run with the training")
+    group.add_argument(
+        "--arch_learning_rate", type=real(0), metavar="LR", help="learning rate of Adam on b")
+    group.add_argument(
+        "--arch_weight_decay", type=real(0), default=1e-3, metavar="L2",
+        help="weight decay of Adam on b")
+    group.add_argument(
+        "--proj_dims", type=whole(1), default=7, metavar="M", help="m, the length of b")
+    group.add_argument(
+        "--sparseness", type=whole(1), default=2, metavar="S",
+        help="s, the (edge, operation) pairs that each node keeps")
+    switch(group, "distinct_edges", "let a node keep at most one operation an edge")
+    group.add_argument(
+        "--lam", type=real(0, open_low=True), default=1e-5, metavar="LAMBDA",
+        help="λ, the weight of the l1 norm of a code")
+    group.add_argument(
+        "--solver", default="homotopy", metavar="NAME", choices=[*ista.SOLVERS],
+        help=f"how codes are recovered: {', '.join(ista.SOLVERS)}")
+    parser.set_defaults(one_stage=False, distinct_edges=False)
+
+    group = parser.add_argument_group("two-stage search")
+    group.add_argument(
+        "--train_portion", type=real(0, 1, open_low=True), default=0.5, metavar="P",
+        help="part of the training images for the weights; the rest is for b")
+    group.add_argument(
+        "--recover_every", type=recovery_interval, default="epoch", metavar="{epoch,STEPS}",
+        help="recover the codes after each epoch, or after so many steps")
+
+    group = parser.add_argument_group("one-stage search")
+    group.add_argument(
+        "--freeze_tol", type=real(0), default=1e-3, metavar="TOL",
+        help="a node freezes when its code moves by no more than this in an epoch")
+    group.add_argument(
+        "--max_params", type=real(0, open_low=True), metavar="MILLIONS",
+        help="architectures with as many parameters or more are rejected")
+    group.add_argument(
+        "--max_search_epochs", type=whole(1), default=600, metavar="EPOCHS",
+        help="after these the last architecture is taken, at rest or not")
+    parser.show_defaults({
+        "two-stage": TWO_STAGE, "one-stage": ONE_STAGE, "one-stage imagenet": ONE_STAGE_IMAGENET,
+    })
+    return parser
+
+
+def get_train_parser(description):
+    parser = Parser("train.py", description, train_setting, check_train)
+    add_shared(parser)
+    group = parser.add_argument_group("what to train or evaluate")
+    group.add_argument(
+        "--arch", metavar="GENOTYPE",
+        help="a published name, random:SEED, random:SEED:distinct, a genotype.json, or a text "
+        "'Genotype(...)'")
+    switch(group, "one_stage", "put a BatchNorm after pools and skips, whatever the genotype says")
+    group.add_argument(
+        "--weights", metavar="FILE",
+        help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
+        "(the latter needs --arch)")
+    group.add_argument(
+        "--evaluate", action="store_true",
+        help="measure the network of --weights or --resume on the test set, and do nothing else")
+    parser.show_defaults({"cifar": RETRAINING, "imagenet": IMAGENET})
+    return parser
+
+
+def add_shared(parser):
     """Add the flags that mean the same in both scripts, in groups.
 
     Those without a default here take it from the published setting that the script runs.
@@ -136,95 +259,168 @@ def add_shared(parser, datasets=DATASETS):
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="data", metavar="DIR", help="folder of the data set")
     group.add_argument(
-        "--dataset", default="cifar10", choices=datasets, metavar="NAME",
-        help=f"one of {', '.join(datasets)}",
-    )  # fmt: skip
+        "--dataset", default="cifar10", choices=DATASETS, metavar="NAME",
+        help=f"one of {', '.join(DATASETS)}; imagenet is read from files, the others are kept "
+        "in memory")
     group.add_argument(
-        "--image_size", type=whole(4), default=32, metavar="PIXELS",
-        help="images are resized to this width and height; a multiple of 4",
-    )  # fmt: skip
+        "--image_size", type=whole(4), metavar="PIXELS",
+        help="width and height that images are resized to: a multiple of 4, for imagenet of 32")
     group.add_argument(
-        "--batch_size", type=whole(1), metavar="IMAGES", help="in a step, of each process"
-    )
+        "--batch_size", type=whole(1), metavar="IMAGES", help="images in a step, of each rank")
     group.add_argument(
         "--workers", type=whole(0), default=2, metavar="N",
-        help="threads that read image files; for imagenet, processes",
-    )  # fmt: skip
+        help="threads that read image files; for imagenet, processes")
     switch(group, "cutout", "cut a square out of each training image")
     group.add_argument(
-        "--cutout_length", type=whole(1), default=16, metavar="PIXELS", help="side of that square"
-    )
+        "--cutout_length", type=whole(1), default=16, metavar="PIXELS", help="side of that square")
 
     group = parser.add_argument_group("network")
-    group.add_argument("--init_channels", type=whole(1), metavar="C", help="of the first cells")
+    group.add_argument(
+        "--init_channels", type=whole(1), metavar="C", help="channels of the first cells")
     group.add_argument("--layers", type=whole(1), metavar="CELLS", help="number of cells")
     switch(group, "auxiliary", "train with an auxiliary head")
     group.add_argument(
-        "--auxiliary_weight", type=real(0), default=0.4, metavar="WEIGHT", help="weight of its loss"
-    )
+        "--auxiliary_weight", type=real(0), default=0.4, metavar="WEIGHT",
+        help="weight of the auxiliary head's loss")
     group.add_argument(
         "--drop_path_prob", type=real(0, 1), metavar="P",
-        help="probability of dropping an operation for an image, reached at the last epoch",
-    )  # fmt: skip
+        help="probability of dropping an operation for an image, reached at the last epoch")
+    group.add_argument(
+        "--label_smoothing", type=real(0, 1), metavar="P",
+        help="part of each label that is spread over all classes")
 
     group = parser.add_argument_group("optimisation of the weights (SGD)")
     group.add_argument("--epochs", type=whole(1), help="passes through the training images")
-    group.add_argument("--learning_rate", type=real(0), metavar="LR", help="in the first epoch")
     group.add_argument(
-        "--learning_rate_min", type=real(0), metavar="LR", help="towards the last epoch, by cosine"
-    )
-    group.add_argument("--momentum", type=real(0, 1), default=0.9, metavar="M", help="of SGD")
-    group.add_argument("--weight_decay", type=real(0), metavar="L2", help="of SGD")
+        "--learning_rate", type=real(0), metavar="LR", help="learning rate of the first epoch")
+    group.add_argument(
+        "--learning_rate_min", type=real(0), metavar="LR",
+        help="learning rate towards the last epoch, reached by cosine")
+    group.add_argument(
+        "--momentum", type=real(0, 1), default=0.9, metavar="M", help="momentum of SGD")
+    group.add_argument("--weight_decay", type=real(0), metavar="L2", help="weight decay of SGD")
     group.add_argument(
         "--grad_clip", type=real(0, open_low=True), default=5.0, metavar="NORM",
-        help="largest norm of the gradient of all weights together",
-    )  # fmt: skip
+        help="largest norm of the gradient of all weights together")
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--save", metavar="DIR", help="folder of the run (default: runs/ with date and time)"
-    )
+        "--save", metavar="DIR", help="folder of the run (default: runs/ with date and time)")
     group.add_argument(
-        "--resume", metavar="RUN_DIR", help="continue the run in this folder, or its checkpoint.pt"
-    )
-    group.add_argument("--seed", type=whole(0), help="of weights, data order and augmentation")
+        "--resume", metavar="RUN_DIR", help="continue the run in this folder, or its checkpoint.pt")
+    group.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), help="seed of weights, data order and augmentation")
     group.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     switch(group, "amp", "compute in bfloat16 where that is safe")
-    group.set_defaults(amp=False)
+    switch(group, "cuda_graphs", "record a step of each epoch as a CUDA graph, and replay it")
+    group.set_defaults(amp=False, cuda_graphs=False)
     group.add_argument(
         "--report_freq", type=whole(1), default=50, metavar="STEPS",
-        help="steps between two lines of progress",
-    )  # fmt: skip
+        help="steps between two lines of progress")
+
+
+# ------------------------------------------------------------------------------------------------
+# Checks that need nothing loaded
+# ------------------------------------------------------------------------------------------------
+
+# What the other search alone reads: typed, such a flag is a mistake.
+ONE_STAGE_ONLY = (
+    "freeze_tol", "max_params", "max_search_epochs", "auxiliary", "auxiliary_weight",
+    "drop_path_prob",
+)
+TWO_STAGE_ONLY = ("train_portion", "recover_every")
+
+
+def check_search(args):
+    """Raise UserError on flags that cannot be right."""
+    check_shared(args)
+    search, unread = "two-stage", ONE_STAGE_ONLY
+    if args.one_stage:
+        search, unread = "one-stage", TWO_STAGE_ONLY
+    for name in unread:
+        if name in args.typed:
+            raise UserError(f"--{name}: {search} search does not read it; leave it out")
+    if args.sparseness > args.proj_dims:
+        raise UserError(
+            f"--sparseness {args.sparseness}: a code has at most --proj_dims {args.proj_dims} "
+            "nonzero entries to choose from"
+        )
+    pairs = 2 if args.distinct_edges else 2 * len(genotypes.PRIMITIVES)
+    if args.sparseness > pairs:
+        raise UserError(f"--sparseness {args.sparseness}: the first node has only {pairs} "
+                        f"{'edges' if args.distinct_edges else 'pairs'}")
+    if args.dataset == "imagenet" and not args.resume:
+        check_imagenet(args, linear=args.one_stage)
+
+
+def check_train(args):
+    """Raise UserError on flags that cannot be right."""
+    check_shared(args)
+    if args.arch is not None:
+        genotypes.load(args.arch)
+    if args.weights is not None:
+        check_file("--weights", args.weights)
+    if args.resume and (args.weights or args.arch):
+        raise UserError("--resume brings its own network: leave out --weights and --arch")
+    if args.evaluate and not (args.weights or args.resume):
+        raise UserError("--evaluate needs the network to measure: --weights FILE or --resume RUN")
+    if not (args.arch or args.weights or args.resume):
+        raise UserError(
+            "--arch is missing: give a genotype.json that search.py wrote, or one of "
+            f"{', '.join(genotypes.NAMED)}"
+        )
+    if args.dataset == "imagenet" and not args.resume:
+        check_imagenet(args, linear=True)
+
+
+def check_imagenet(args, linear):
+    if not os.path.isdir(args.data):
+        raise UserError(
+            f"--data {args.data} is not a folder: --dataset imagenet reads DIR/train/<class>/* and "
+            "DIR/val/<class>/*"
+        )
+    if args.image_size % 32:
+        raise UserError(
+            f"--image_size must be a multiple of 32 for imagenet, not {args.image_size}: the "
+            "network halves it five times"
+        )
+    if args.init_channels % 2:
+        raise UserError(f"--init_channels must be even for imagenet, not {args.init_channels}")
+    if args.cutout:
+        raise UserError("--cutout: the images of imagenet are cropped, not cut; leave it out")
+    if linear and "learning_rate_min" in args.typed:
+        raise UserError(
+            "--learning_rate_min: the learning rate of imagenet falls in a line to 0; leave it out"
+        )
 
 
 def check_shared(args):
-    """What can be wrong with the shared flags and is seen without loading anything.
-
-    Raises
-    ------
-    ValueError
-        With one line that says what is wrong and what to do.
-    """
     if args.image_size % 4:
-        raise ValueError(f"--image_size must be a multiple of 4, not {args.image_size}")
+        raise UserError(f"--image_size must be a multiple of 4, not {args.image_size}")
+    if args.cutout and 2 * args.cutout_length > args.image_size and not args.resume:
+        if not {"cutout", "cutout_length"} & {*args.typed}:
+            raise UserError(
+                f"cutout of {args.cutout_length} pixels takes most of an image of "
+                f"{args.image_size}: give --cutout_length {args.image_size // 2} or --no-cutout"
+            )
     if args.learning_rate_min > args.learning_rate:
-        raise ValueError(
+        raise UserError(
             f"--learning_rate_min {args.learning_rate_min:g} is larger than --learning_rate "
             f"{args.learning_rate:g}"
         )
     if args.resume:
         if args.save:
-            raise ValueError("--resume continues in the run's own folder: leave out --save")
+            raise UserError("--resume continues in the run's own folder: leave out --save")
         checkpoint_path(args.resume)
     elif args.save and os.path.lexists(args.save):
         is_first = os.environ.get("RANK", "0") == "0"  # which makes it for all, maybe just now
         if is_first and (not os.path.isdir(args.save) or os.listdir(args.save)):
-            raise ValueError(
+            raise UserError(
                 f"--save {args.save} exists already and is not overwritten: choose another "
                 f"folder, or continue that run with --resume {args.save}"
             )
     if args.dataset == "imagefolder" and not os.path.isdir(args.data) and not args.resume:
-        raise ValueError(
+        raise UserError(
             f"--data {args.data} is not a folder: --dataset imagefolder reads "
             "DIR/train/<class>/* and DIR/test/<class>/*"
         )
@@ -234,15 +430,60 @@ def checkpoint_path(resume):
     """Path of the checkpoint that --resume RUN_DIR, or a checkpoint's own path, names."""
     path = os.path.join(resume, "checkpoint.pt") if os.path.isdir(resume) else resume
     if not os.path.isfile(path):
-        raise ValueError(f"--resume {resume}: there is no checkpoint at {path}")
+        raise UserError(f"--resume {resume}: there is no checkpoint at {path}")
     return path
 
 
 def check_file(flag, path):
-    """Raise ValueError unless `path`, the value of a flag, is a file that can be read."""
+    """Raise UserError unless `path`, the value of a flag, is a file that can be read."""
     if os.path.isdir(path):
-        raise ValueError(f"{flag} {path} is a folder: give a file in it, a network.pt say")
+        raise UserError(f"{flag} {path} is a folder: give a file in it, a network.pt say")
     if not os.path.isfile(path):
-        raise ValueError(f"{flag} {path}: there is no such file")
+        raise UserError(f"{flag} {path}: there is no such file")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{flag} {path}: not readable")
+        raise UserError(f"{flag} {path}: not readable")
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags and the data
+# ------------------------------------------------------------------------------------------------
+
+
+def fit_to_data(args, images, setting, world_size, log):
+    """Make an untyped --batch_size fit the images, and say what does not go with the data.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+    images : int
+        To train on, in each part of them.
+    setting : dict
+        The published one.
+    world_size : int
+    log : callable
+        Takes a line.
+    """
+    if "batch_size" not in args.typed:  # the published one is that of all ranks together
+        args.batch_size = max(args.batch_size // world_size, 1)
+        share = images // world_size
+        if args.batch_size > share > 1:
+            args.batch_size = share
+            log(f"--batch_size is {share}, for there are no more images")
+    together = world_size * args.batch_size
+    if world_size > 1:
+        log(f"{world_size} ranks with --batch_size {args.batch_size}: a step takes {together} "
+            "images")
+    published, rate = setting["batch_size"], setting["learning_rate"]
+    if together != published and "learning_rate" not in args.typed:
+        log(f"note: --learning_rate {rate:g} is published for batches of {published} images; for "
+            f"{together} the linear rule gives --learning_rate {rate * together / published:.3g}")
+
+
+def data_flags(args):
+    """The flags by which train.py reads the same data; empty for the default ones."""
+    imagenet = args.dataset == "imagenet"
+    defaults = dict(dataset="cifar10", data="data", image_size=224 if imagenet else 32)
+    flags = {name: value for name in defaults if (value := getattr(args, name)) != defaults[name]}
+    if not imagenet and args.image_size < 32:
+        flags["cutout_length"] = args.image_size // 2
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in flags.items())

@@ -10,11 +10,14 @@ A network is a stem, a row of cells and a classifier. `Skeleton` is that row; th
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoints
 from genotypes import NODES, as_lists, from_lists
-from operations import BatchNorm2d, FactorizedReduce, ReLUConvBN, State, build, drop_path
+from operations import FactorizedReduce, ReLUConvBN, build, drop_path
+from utils import UserError
 
 
 class Skeleton(nn.Module):
@@ -38,23 +41,24 @@ class Skeleton(nn.Module):
 
     def __init__(self, C, num_classes, layers, auxiliary, make_cell, imagenet=False):
         super().__init__()
+        self.imagenet = imagenet
         if imagenet:
             self.stem0 = nn.Sequential(
                 nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False),
-                BatchNorm2d(C // 2),
+                nn.BatchNorm2d(C // 2),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False),
-                BatchNorm2d(C),
+                nn.BatchNorm2d(C),
             )
             self.stem1 = nn.Sequential(
                 nn.ReLU(),
                 nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False),
-                BatchNorm2d(C),
+                nn.BatchNorm2d(C),
             )
             C_prev_prev, C_prev, reduction_prev = C, C, True
         else:
             self.stem = nn.Sequential(
-                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), BatchNorm2d(3 * C)
+                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C)
             )
             C_prev_prev, C_prev, reduction_prev = 3 * C, 3 * C, False
 
@@ -81,25 +85,26 @@ class Skeleton(nn.Module):
 
         Parameters
         ----------
-        x : tensor, float32, (batch, 3, H, W)
+        x : tensor, float32, (B, 3, H, W)
 
         Returns
         -------
-        logits : tensor, (batch, num_classes)
+        logits : tensor, (B, num_classes)
         logits_aux : tensor of the same shape, or None without an auxiliary head or in evaluation
         """
-        if hasattr(self, "stem0"):
-            s0 = State(self.stem0(x))
-            s1 = State(self.stem1[1:](s0.relu))
+        if self.imagenet:
+            s0 = self.stem0(x)                                        # (B, C, H/4, W/4)
+            s1 = self.stem1(s0)                                       # (B, C, H/8, W/8)
         else:
-            s0 = s1 = State(self.stem(x))
+            s0 = s1 = self.stem(x)                                    # (B, 3C, H, W)
         logits_aux = None
         drop_prob = self.drop_path_prob if self.training else 0.0
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, drop_prob, *(reduce if cell.reduction else normal))
             if i == self.auxiliary_layer and self.auxiliary and self.training:
-                logits_aux = self.auxiliary_head(s1)
-        return self.classifier(self.global_pooling(s1.x).flatten(1)), logits_aux
+                logits_aux = self.auxiliary_head(s1)                  # (B, num_classes)
+        pooled = self.global_pooling(s1).flatten(1)                   # (B, C of the last cell)
+        return self.classifier(pooled), logits_aux
 
 
 class PoolTo2x2(nn.Module):
@@ -125,17 +130,17 @@ class AuxiliaryHead(nn.Module):
             nn.ReLU(),
             PoolTo2x2(),
             nn.Conv2d(C, 128, 1, bias=False),
-            BatchNorm2d(128),
+            nn.BatchNorm2d(128),
             nn.ReLU(inplace=True),
             nn.Conv2d(128, 768, 2, bias=False),
             # DARTS' ImageNet head leaves this BatchNorm out, and published weights rely on it.
-            nn.Identity() if imagenet else BatchNorm2d(768),
+            nn.Identity() if imagenet else nn.BatchNorm2d(768),
             nn.ReLU(inplace=True),
         )
         self.classifier = nn.Linear(768, num_classes)
 
-    def forward(self, state):
-        return self.classifier(self.features[1:](state.relu).flatten(1))
+    def forward(self, x):                                             # (B, C, H, W)
+        return self.classifier(self.features(x).flatten(1))           # (B, num_classes)
 
 
 def preprocess(C_prev_prev, C_prev, C, reduction_prev, affine=True):
@@ -171,35 +176,20 @@ class Cell(nn.Module):
         )
 
     def forward(self, s0, s1, drop_prob):
-        states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
+        states = [self.preprocess0(s0), self.preprocess1(s1)]         # nodes: (B, C, H, W)
         pairs = list(zip(self._ops, self.inputs, strict=True))
         for first in range(0, len(pairs), self.pairs_per_node):
             outputs = []
             for op, node in pairs[first : first + self.pairs_per_node]:
                 y = op(states[node])
-                if drop_prob > 0 and not op.is_identity:
+                if drop_prob > 0 and not isinstance(op, nn.Identity):
                     y = drop_path(y, drop_prob)
                 outputs.append(y)
-            states.append(State(sum(outputs[1:], outputs[0])))
-        return State(None, [states[node] for node in self.concat])
+            states.append(sum(outputs[1:], outputs[0]))
+        return torch.cat([states[node] for node in self.concat], dim=1)
 
 
-class _Network(Skeleton):
-    imagenet = False
-
-    def __init__(self, C, num_classes, layers, auxiliary, genotype, one_stage=False):
-        def make_cell(*shape):
-            return Cell(genotype, *shape, one_stage)
-
-        super().__init__(C, num_classes, layers, auxiliary, make_cell, self.imagenet)
-        self.config = dict(
-            imagenet=self.imagenet, C=C, num_classes=num_classes, layers=layers,
-            auxiliary=auxiliary, one_stage=one_stage,
-            genotype=as_lists(genotype),
-        )  # fmt: skip
-
-
-class NetworkCIFAR(_Network):
+class NetworkCIFAR(Skeleton):
     """Network of a genotype for images of 32×32 pixels (also of other sizes).
 
     Parameters
@@ -221,15 +211,28 @@ class NetworkCIFAR(_Network):
         All that `from_config` needs to build the network again.
     """
 
+    def __init__(
+        self, C, num_classes, layers, auxiliary, genotype, one_stage=False, *, imagenet=False
+    ):
+        def make_cell(*shape):
+            return Cell(genotype, *shape, one_stage)
 
-class NetworkImageNet(_Network):
+        super().__init__(C, num_classes, layers, auxiliary, make_cell, imagenet)
+        self.config = dict(
+            imagenet=imagenet, C=C, num_classes=num_classes, layers=layers, auxiliary=auxiliary,
+            one_stage=one_stage, genotype=as_lists(genotype),
+        )
+
+
+class NetworkImageNet(NetworkCIFAR):
     """Network of a genotype for images of 224×224 pixels; parameters as in `NetworkCIFAR`.
 
     Other sizes must be multiples of 32: the resolution is halved five times, and a
     FactorizedReduce halves even sizes only.
     """
 
-    imagenet = True
+    def __init__(self, C, num_classes, layers, auxiliary, genotype, one_stage=False):
+        super().__init__(C, num_classes, layers, auxiliary, genotype, one_stage, imagenet=True)
 
 
 def from_config(config):
@@ -244,19 +247,30 @@ def from_config(config):
     return (NetworkImageNet if kwargs.pop("imagenet") else NetworkCIFAR)(**kwargs)
 
 
-def shape_of(weights):
-    """What a plain state dict says of its network: all of its `config` but the genotype.
+def load(path):
+    """The trained network in a file that `train.py` or one-stage search has written.
+
+    Parameters
+    ----------
+    path : str
+        Of a network.pt, or of the checkpoint.pt of a training.
+
+    Returns
+    -------
+    net : NetworkCIFAR or NetworkImageNet
+        On the CPU, in evaluation mode: `logits, _ = net(x)`.
+    about : dict
+        What is known of it: `classes`, the name of each label; `mean` and `std`, of the channels,
+        by which training normalised images (see `data.normalize`); `image_size`; accuracies.
 
     Raises
     ------
-    KeyError
-        If these are not the weights of such a network.
+    utils.UserError
+        If the file is damaged or holds something else.
     """
-    imagenet = "stem0.0.weight" in weights
-    return dict(
-        imagenet=imagenet,
-        C=len(weights["stem1.1.weight"]) if imagenet else len(weights["stem.0.weight"]) // 3,
-        num_classes=len(weights["classifier.weight"]),
-        layers=1 + max(int(key.split(".")[1]) for key in weights if key.startswith("cells.")),
-        auxiliary="auxiliary_head.classifier.weight" in weights,
-    )
+    state = checkpoints.read_weights(path)
+    if "genotype" not in state["config"]:
+        raise UserError(f"{path} does not say what genotype its weights are for")
+    net = from_config(state["config"])
+    checkpoints.load_weights(net, state["weights"], path)
+    return net.eval(), state.get("about", {})

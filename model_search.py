@@ -12,7 +12,7 @@ R^{n_j} is not trained: it is recovered from a point b_j in R^m, m = 7, through 
 A_j, and its 2 largest entries are the support S_j, the pairs that run.
 """
 
-from itertools import accumulate
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +22,12 @@ from torch import nn
 import distributed
 import ista
 from genotypes import NODES, PRIMITIVES, Genotype, as_lists
-from model import NetworkCIFAR, Skeleton, preprocess
-from operations import BatchNorm2d, State, build, drop_path
+from model import NetworkCIFAR, NetworkImageNet, Skeleton, preprocess
+from operations import build, drop_path, last_norm
 
 
 class Recovery(NamedTuple):
-    """What one recovery did. Lists are node by node: 4 normal nodes, then 4 reduction nodes.
+    """What one recovery did. Lists are node by node: the normal nodes, then the reduction nodes.
 
     Attributes
     ----------
@@ -44,6 +44,11 @@ class Recovery(NamedTuple):
         Whether they were too many, so that the last architecture was kept.
     not_converged : int
         Codes for which the solver asked for did not converge, so that homotopy solved them.
+    too_sparse : list of bool
+        Nodes whose code has fewer than s nonzero entries to choose from; they keep pairs of their
+        last support in place of zeros, and do not freeze.
+    lam_max : list of float
+        ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
     """
 
     distance: list
@@ -52,17 +57,12 @@ class Recovery(NamedTuple):
     parameters: int | None
     rejected: bool
     not_converged: int
-
-
-def _to_host(tensors):
-    """Read tensors, alike but for their last dimension, off the device at once: float64 arrays."""
-    joined = torch.cat([*tensors], -1).double().numpy(force=True)
-    widths = [t.shape[-1] for t in tensors]
-    return [joined[..., end - n : end] for n, end in zip(widths, accumulate(widths), strict=True)]
+    too_sparse: list
+    lam_max: list
 
 
 class SparseCode(nn.Module):
-    """Points b, dictionaries A and codes z of the 4 nodes of one cell type.
+    """Points b, dictionaries A and codes z of the nodes of one cell type.
 
     The code of a node solves
 
@@ -73,9 +73,9 @@ class SparseCode(nn.Module):
     From b = Az follows z = Aᵀb − (AᵀA − I)z; with z held constant and restricted to S, the
     weights of the pairs that run are
 
-        w_S = A_Sᵀ b − (A_Sᵀ A_S − I) z_S,
+        w_S = M b − c,     M = A_Sᵀ,     c = (A_Sᵀ A_S − I) z_S,
 
-    whose derivative with respect to b is A_S.
+    in which b alone moves until the next recovery.
 
     Parameters
     ----------
@@ -85,6 +85,9 @@ class SparseCode(nn.Module):
         s, the pairs kept at each node.
     lam : float
         λ.
+    distinct_edges : bool
+        Whether the support takes at most one pair an edge: that of each edge's largest |z|, and
+        of these the s largest, as DARTS derives its cells.
 
     Attributes
     ----------
@@ -94,25 +97,34 @@ class SparseCode(nn.Module):
         All that is trained of the architecture; initialised 1e-3·N(0, 1).
     z : list of 4 tensors, float64, (n_j,)
     support : list of 4 lists of (edge, operation index)
-        In the order of k = edge·7 + operation. A function of z alone.
+        In the order of k = edge·7 + operation. It decides what runs, so it lives on the host.
+    M, c : tensors, float64, (4, s, m) and (4, s)
+    is_frozen : list of 4 bools
+        Whether a node's code is final.
     """
 
-    def __init__(self, proj_dims=7, sparseness=2, lam=1e-5):
+    def __init__(self, proj_dims=7, sparseness=2, lam=1e-5, distinct_edges=False):
         super().__init__()
         self.sparseness = sparseness
         self.lam = lam
+        self.distinct_edges = distinct_edges
         self.b = nn.ParameterList()
         for j in range(NODES):
             n = len(PRIMITIVES) * (j + 2)
             self.register_buffer(f"A{j}", torch.rand(proj_dims, n, dtype=torch.float64))
             self.register_buffer(f"z{j}", torch.zeros(n, dtype=torch.float64))
             self.b.append(nn.Parameter(1e-3 * torch.randn(proj_dims)))
-        # The support is kept twice: in Python, so that deciding what runs asks nothing of the
-        # device, and on the device, to take columns of A with. Neither is saved: z gives both.
-        self.register_buffer("S", torch.empty(NODES, sparseness, dtype=torch.int64), False)
+        # The state dict holds what is final and what runs as tensors; Python asks the lists.
         self.register_buffer("frozen", torch.zeros(NODES, dtype=torch.bool))
-        self._choose_support()
-        self.register_load_state_dict_post_hook(SparseCode._choose_support)
+        self.register_buffer("S", torch.zeros(NODES, sparseness, dtype=torch.int64))
+        self.is_frozen = NODES * [False]
+        self.support = [[] for _ in range(NODES)]
+        size = NODES, sparseness, proj_dims
+        self.register_buffer("M", torch.zeros(size, dtype=torch.float64), persistent=False)
+        self.register_buffer("c", torch.zeros(size[:2], dtype=torch.float64), persistent=False)
+        self.recover()
+        self.register_load_state_dict_pre_hook(SparseCode._before_loading)
+        self.register_load_state_dict_post_hook(SparseCode._after_loading)
 
     @property
     def A(self):
@@ -122,8 +134,8 @@ class SparseCode(nn.Module):
     def z(self):
         return [getattr(self, f"z{j}") for j in range(NODES)]
 
-    def recover(self, solver="homotopy"):
-        """Refresh z and the support from b, but for the nodes that are frozen.
+    def solve(self, solver="homotopy"):
+        """Solve for the codes of the points b. Nothing changes: see `accept`.
 
         Parameters
         ----------
@@ -132,47 +144,105 @@ class SparseCode(nn.Module):
 
         Returns
         -------
+        codes, last : lists of 4 arrays, float64, (n_j,)
+            The new codes, which are the last ones where a node is frozen.
+        lam_max : list of 4 floats
+            ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
         not_converged : int
-            The number of codes for which that happened.
+            The number of codes for which homotopy took the place of the solver.
 
         Raises
         ------
         ista.SolverUnavailable
             If the solver needs a package or a licence that is not here.
         """
-        codes, not_converged = [], 0
-        problems = zip(*map(_to_host, (self.A, self.b, self.z)), self.frozen.tolist(), strict=True)
-        for A, b, z, frozen in problems:
-            if not frozen:
-                solution = ista.recover(A, b, self.lam, solver, z0=z)
+        A, b, last = _to_host(self.A, self.b, self.z)
+        codes, not_converged = [*last], 0
+        for j in range(NODES):
+            if not self.is_frozen[j]:
+                solution = ista.recover(A[j], b[j], self.lam, solver, z0=last[j])
                 if not solution.converged:
                     not_converged += 1
-                    solution = ista.recover(A, b, self.lam, z0=z)
-                z = solution.z
-            codes.append(torch.from_numpy(z))
-        self.accept(codes)
-        return not_converged
+                    solution = ista.recover(A[j], b[j], self.lam, z0=last[j])
+                codes[j] = solution.z
+        lam_max = [float(np.abs(A.T @ b).max()) for A, b in zip(A, b, strict=True)]
+        return codes, last, lam_max, not_converged
+
+    def choose(self, codes):
+        """The support that codes give: of each node the s pairs largest in |z|.
+
+        Ties go to the smaller index. Zeros are not chosen: a node whose code has too few other
+        entries keeps pairs of its last support.
+
+        Parameters
+        ----------
+        codes : list of 4 arrays, (n_j,)
+
+        Returns
+        -------
+        support : list of 4 lists of (edge, operation index)
+        too_sparse : list of 4 bools
+            Nodes that had to keep a pair for want of nonzero entries.
+        """
+        support, too_sparse = [], []
+        for z, last in zip(codes, self.support, strict=True):
+            size = np.abs(z)
+            edges = np.arange(len(z)) // len(PRIMITIVES)
+            was_chosen = np.isin(np.arange(len(z)), [e * len(PRIMITIVES) + op for e, op in last])
+            order = np.lexsort((~was_chosen & (size == 0), -size))  # stable
+            if self.distinct_edges:
+                _, first = np.unique(edges[order], return_index=True)  # each edge's largest
+                order = order[np.sort(first)]
+            chosen = np.sort(order[: self.sparseness])
+            support.append([divmod(k, len(PRIMITIVES)) for k in chosen.tolist()])
+            too_sparse.append(not size[chosen].all())
+        return support, too_sparse
 
     @torch.no_grad()
     def accept(self, codes):
-        """Take 4 codes for z, and the support that they give."""
+        """Take codes for z, and with them the support, M and c.
+
+        Parameters
+        ----------
+        codes : list of 4 arrays, (n_j,)
+        """
+        self.support, _ = self.choose(codes)
+        S = [edge * len(PRIMITIVES) + op for node in self.support for edge, op in node]
+        flat = torch.from_numpy(np.concatenate([*codes, S])).to(self.c)  # one copy to the device
+        *codes, S = flat.split([*map(len, codes), len(S)])
+        self.S.copy_(S.view_as(self.S))
         for z, code in zip(self.z, codes, strict=True):
             z.copy_(code)
-        self._choose_support()
+        self._make_weights()
+
+    def _make_weights(self):
+        for j, (A, z, S) in enumerate(zip(self.A, self.z, self.S, strict=True)):
+            A_S, z_S = A[:, S], z[S]                                  # (m, s), (s,)
+            self.M[j] = A_S.T
+            self.c[j] = A_S.T @ (A_S @ z_S) - z_S
+
+    def recover(self, solver="homotopy"):
+        """Refresh z, the support, M and c from b, but for frozen nodes: `solve`, then `accept`.
+
+        Returns
+        -------
+        not_converged : int
+            As `solve`, whose parameters and errors it has.
+        """
+        codes, *_, not_converged = self.solve(solver)
+        self.accept(codes)
+        return not_converged
 
     def active_weights(self):
-        """Weights w_S of the pairs of the support.
+        """Weights w_S = M b − c of the pairs of the support.
 
         Returns
         -------
         tensor, float64, (4, s)
             Differentiable in b; in the order of the support.
         """
-        weights = []
-        for A, b, z, S in zip(self.A, self.b, self.z, self.S, strict=True):
-            A_S, z_S = A[:, S].double(), z[S].double()  # also where the network was cast
-            weights.append(A_S.T @ b.double() - (A_S.T @ (A_S @ z_S) - z_S))
-        return torch.stack(weights)
+        b = torch.stack([*self.b]).to(self.M.dtype)                   # (4, m)
+        return torch.einsum("jsm,jm->js", self.M, b) - self.c
 
     def weights(self):
         """Weights of all pairs, for inspection: zero off the support.
@@ -182,26 +252,46 @@ class SparseCode(nn.Module):
         tensor, float64, (14, 7)
             One row an edge (2 of node 0, 3 of node 1, ...), one column an operation.
         """
-        dense = []
-        for j, w in enumerate(self.active_weights()):
-            n = len(PRIMITIVES) * (j + 2)
-            dense.append(w.new_zeros(n).index_put((self.S[j],), w))
-        return torch.cat(dense).view(-1, len(PRIMITIVES))
+        rows, columns, first = [], [], 0
+        for j, node in enumerate(self.support):
+            rows += [first + edge for edge, _ in node]
+            columns += [op for _, op in node]
+            first += j + 2
+        w = self.active_weights().flatten()
+        dense = w.new_zeros(first, len(PRIMITIVES))
+        dense[rows, columns] = w
+        return dense
 
-    def pairs(self):
-        """The support as `[(operation name, input node), ...]`, as a Genotype lists it."""
-        return [(PRIMITIVES[op], edge) for node in self.support for edge, op in node]
+    def freeze(self, j):
+        """Make the code of node j final."""
+        self.is_frozen[j] = True
+        self.frozen[j] = True
 
-    def _choose_support(self, _incompatible_keys=None):
-        # A stable sort gives ties to the smaller index.
-        order = [np.argsort(-np.abs(z), kind="stable") for z in _to_host(self.z)]
-        S = np.sort([indices[: self.sparseness] for indices in order])
-        self.S.copy_(torch.from_numpy(S))
-        self.support = [[divmod(k, len(PRIMITIVES)) for k in node] for node in S.tolist()]
+    def _before_loading(self, state_dict, prefix, *_):
+        if f"{prefix}z0" in state_dict and f"{prefix}S" not in state_dict:  # of an older run
+            (codes,) = _to_host([state_dict[f"{prefix}z{j}"] for j in range(NODES)])
+            support, _ = self.choose(codes)
+            S = [[edge * len(PRIMITIVES) + op for edge, op in node] for node in support]
+            state_dict[f"{prefix}S"] = torch.tensor(S)
+
+    @torch.no_grad()
+    def _after_loading(self, _incompatible_keys):
+        self.is_frozen = self.frozen.tolist()
+        self.support = [[divmod(k, len(PRIMITIVES)) for k in node] for node in self.S.tolist()]
+        self._make_weights()
+
+
+def _to_host(*lists):
+    """Lists of tensors as lists of float64 arrays, by one copy: each one would be a host sync."""
+    tensors = [t for tensors in lists for t in tensors]
+    flat = torch.cat([t.detach().double().flatten() for t in tensors]).numpy(force=True)
+    ends = np.cumsum([t.numel() for t in tensors])[:-1]
+    parts = iter(np.split(flat, ends))
+    return [[next(parts).reshape(t.shape) for t in tensors] for tensors in lists]
 
 
 class MixedOp(nn.Module):
-    """The candidate operations of one edge, of which each call runs one."""
+    """The candidate operations of one edge, of which each call runs one: w · op(x)."""
 
     def __init__(self, C, stride, one_stage):
         super().__init__()
@@ -210,11 +300,8 @@ class MixedOp(nn.Module):
             for primitive in PRIMITIVES
         )
 
-    def forward(self, state, op, w, drop_prob=0.0):
-        y = self._ops[op](state, w)
-        if drop_prob > 0 and not self._ops[op].is_identity:
-            y = drop_path(y, drop_prob)
-        return y
+    def forward(self, x, op, w):
+        return w * self._ops[op](x)
 
 
 class Cell(nn.Module):
@@ -239,16 +326,18 @@ class Cell(nn.Module):
         return self._ops[first : first + j + 2]
 
     def forward(self, s0, s1, drop_prob, support, weights):
-        states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
+        states = [self.preprocess0(s0), self.preprocess1(s1)]         # nodes: (B, C, H, W)
         first = 0  # edge into this node from node 0
         for node, node_weights in zip(support, weights, strict=True):
-            outputs = [
-                self._ops[first + edge](states[edge], op, w, drop_prob)
-                for (edge, op), w in zip(node, node_weights, strict=True)
-            ]
+            outputs = []
+            for (edge, op), w in zip(node, node_weights, strict=True):
+                y = self._ops[first + edge](states[edge], op, w)
+                if drop_prob > 0:  # one-stage search, in which even a skip is not bare
+                    y = drop_path(y, drop_prob)
+                outputs.append(y)
             first += len(states)
-            states.append(State(sum(outputs[1:], outputs[0])))
-        return State(None, states[2:])
+            states.append(sum(outputs[1:], outputs[0]))
+        return torch.cat(states[2:], dim=1)                           # (B, 4C, H, W)
 
 
 class Network(Skeleton):
@@ -263,7 +352,9 @@ class Network(Skeleton):
         BatchNorms of a node's operations, γ = 1 and β = 0 are held until the node freezes.
     auxiliary : bool
         Whether it has an auxiliary head.
-    proj_dims, sparseness, lam
+    imagenet : bool
+        Stem and auxiliary head for 224×224 images instead of those for 32×32.
+    proj_dims, sparseness, lam, distinct_edges
         See `SparseCode`.
 
     Attributes
@@ -273,19 +364,18 @@ class Network(Skeleton):
     """
 
     def __init__(
-        self, C, num_classes, layers, *,
-        one_stage=False, auxiliary=False, proj_dims=7, sparseness=2, lam=1e-5,
-    ):  # fmt: skip
+        self, C, num_classes, layers, *, one_stage=False, auxiliary=False, imagenet=False,
+        proj_dims=7, sparseness=2, lam=1e-5, distinct_edges=False,
+    ):
         def make_cell(*shape):
             return Cell(*shape, one_stage)
 
-        super().__init__(C, num_classes, layers, auxiliary, make_cell)
+        super().__init__(C, num_classes, layers, auxiliary, make_cell, imagenet)
         self.shape = dict(C=C, num_classes=num_classes, layers=layers)
         self.one_stage = one_stage
-        self.normal_code = SparseCode(proj_dims, sparseness, lam)
-        self.reduce_code = SparseCode(proj_dims, sparseness, lam)
+        self.normal_code = SparseCode(proj_dims, sparseness, lam, distinct_edges)
+        self.reduce_code = SparseCode(proj_dims, sparseness, lam, distinct_edges)
         self.codes = (self.normal_code, self.reduce_code)
-        self._recover("homotopy", None, None)
         self._hold()
         self.register_load_state_dict_post_hook(Network._hold)
 
@@ -307,15 +397,17 @@ class Network(Skeleton):
         arch = {id(b) for b in self.arch_parameters()}
         return [p for p in self.parameters() if id(p) not in arch]
 
-    def idle_parameters(self):
-        """The parameters of the operations outside the support."""
-        for operations, op in self._outside():
-            yield from operations[op].parameters()
+    def genotype(self, supports=None):
+        """The support, or another one, as a Genotype: of each node its pairs by k.
 
-    def genotype(self):
-        """The support as a Genotype: at each node its pairs by input node, then operation."""
+        Parameters
+        ----------
+        supports : pair of supports, optional
+            Of the normal and of the reduction cell; see `SparseCode.support`.
+        """
+        normal, reduce = supports or (code.support for code in self.codes)
         concat = range(2, 2 + NODES)
-        return Genotype(self.normal_code.pairs(), concat, self.reduce_code.pairs(), concat)
+        return Genotype(as_pairs(normal), concat, as_pairs(reduce), concat)
 
     def describe(self):
         """The genotype as plain lists, and the weights of its pairs: a line of genotypes.jsonl."""
@@ -325,7 +417,7 @@ class Network(Skeleton):
     def recover(self, solver="homotopy", freeze_tol=None, max_params=None):
         """Refresh codes and supports from the points b.
 
-        Of several processes the first does so, and the others take its codes over.
+        Every rank solves, and takes over the codes of rank 0, lest rounding part them.
 
         Parameters
         ----------
@@ -346,47 +438,33 @@ class Network(Skeleton):
         ista.SolverUnavailable
             If the solver needs a package or a licence that is not here.
         """
-        recovery, codes = distributed.on_first(
-            lambda: (self._recover(solver, freeze_tol, max_params), self._codes_state())
-        )
-        if distributed.rank() > 0:
-            super().load_state_dict(codes, strict=False)
-        return recovery
+        solved = [code.solve(solver) for code in self.codes]
+        codes, last, lam_max, not_converged = zip(*solved, strict=True)
+        codes = distributed.from_rank_zero(codes)
+        chosen = [code.choose(z) for code, z in zip(self.codes, codes, strict=True)]
+        supports, too_sparse = zip(*chosen, strict=True)
 
-    def _codes_state(self):
-        names = ("normal_code", "reduce_code")
-        states = [getattr(self, name).state_dict(prefix=f"{name}.") for name in names]
-        return {key: value.cpu() for state in states for key, value in state.items()}
-
-    def _recover(self, solver, freeze_tol, max_params):
-        last = [[z.clone() for z in code.z] for code in self.codes]
-        last_pairs = [set(node) for code in self.codes for node in code.support]
-        not_converged = sum(code.recover(solver) for code in self.codes)
-        distance = torch.stack([
-            torch.dist(new, old)
-            for code, zs in zip(self.codes, last, strict=True)
-            for new, old in zip(code.z, zs, strict=True)
-        ]).tolist()  # fmt: skip
+        distance = [float(np.linalg.norm(z - old)) for z, old in _by_node(codes, last)]
+        too_sparse = [flag for flags in too_sparse for flag in flags]
+        pairs = _by_node(supports, [code.support for code in self.codes])
+        changed = sum(len({*node} - {*old}) for node, old in pairs)
         parameters, rejected = None, False
         if max_params is not None:
-            parameters = self.retraining_parameters()
+            parameters = self.retraining_parameters(self.genotype(supports))
             rejected = parameters >= max_params * 1e6
         if rejected:
-            for code, zs in zip(self.codes, last, strict=True):
-                code.accept(zs)
-        elif freeze_tol is not None:
-            self.freeze([d <= freeze_tol for d in distance])
-        pairs = [set(node) for code in self.codes for node in code.support]
-        changed = sum(len(new - old) for new, old in zip(pairs, last_pairs, strict=True))
-        return Recovery(distance, changed, self.frozen, parameters, rejected, not_converged)
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """Load parameters, buffers and codes; the state of a pruned network prunes this one."""
-        codes = {k: v for k, v in state_dict.items() if k.split(".")[0].endswith("_code")}
-        if codes and any("._ops." in k for k in self.state_dict().keys() - state_dict.keys()):
-            super().load_state_dict(codes, strict=False)
-            self.prune()
-        return super().load_state_dict(state_dict, *args, **kwargs)
+            changed = 0
+        else:
+            for code, z in zip(self.codes, codes, strict=True):
+                code.accept(z)
+            if freeze_tol is not None:
+                at_rest = zip(distance, too_sparse, strict=True)
+                self.freeze([d <= freeze_tol and not sparse for d, sparse in at_rest])
+        lam_max = [value for values in lam_max for value in values]
+        return Recovery(
+            distance, changed, self.frozen, parameters, rejected, sum(not_converged), too_sparse,
+            lam_max,
+        )
 
     # --------------------------------------------------------------------------------------------
     # One-stage search
@@ -394,19 +472,22 @@ class Network(Skeleton):
 
     @property
     def frozen(self):
-        """For each of the 8 nodes, whether its code is final."""
-        return [flag for code in self.codes for flag in code.frozen.tolist()]
+        """For each node, normal ones first, whether its code is final."""
+        return [flag for code in self.codes for flag in code.is_frozen]
 
-    def freeze(self, nodes):
+    def freeze(self, nodes=None):
         """Make codes final: their b stops, and γ and β of their operations start to train.
 
         Parameters
         ----------
-        nodes : list of 8 bools
-            The nodes to freeze; those that are frozen already stay so.
+        nodes : list of bools, normal nodes first, optional
+            Which to freeze, by default all; those that are frozen already stay so.
         """
-        for code, flags in zip(self.codes, (nodes[:NODES], nodes[NODES:]), strict=True):
-            code.frozen |= torch.tensor(flags, device=code.frozen.device)
+        flags = iter(2 * NODES * [True] if nodes is None else nodes)
+        for code in self.codes:
+            for j in range(NODES):
+                if next(flags):
+                    code.freeze(j)
         self._hold()
 
     def _hold(self, _incompatible_keys=None):
@@ -414,23 +495,33 @@ class Network(Skeleton):
         if not self.one_stage:
             return
         for code, reduction in zip(self.codes, (False, True), strict=True):
-            for j, frozen in enumerate(code.frozen.tolist()):
+            for j, frozen in enumerate(code.is_frozen):
                 code.b[j].requires_grad_(not frozen)
                 if frozen:
                     code.b[j].grad = None  # else the optimizer would step on it once more
                 for cell in self.cells:
                     if cell.reduction == reduction:
                         for layer in cell.edges(j).modules():
-                            if isinstance(layer, BatchNorm2d):
+                            if isinstance(layer, nn.BatchNorm2d):
                                 layer.requires_grad_(frozen)
 
-    def retraining_parameters(self):
-        """Parameters of the network that retraining would build, without an auxiliary head."""
+    def retraining_parameters(self, genotype=None):
+        """Parameters of the network that retraining would build, without an auxiliary head.
+
+        Parameters
+        ----------
+        genotype : Genotype, optional
+            By default the own.
+        """
         with torch.device("meta"):
-            plain = NetworkCIFAR(
-                **self.shape, auxiliary=False, genotype=self.genotype(), one_stage=self.one_stage
-            )
+            plain = self._plain(genotype or self.genotype(), auxiliary=False)
         return sum(p.numel() for p in plain.parameters())
+
+    def _plain(self, genotype, auxiliary):
+        build_network = NetworkImageNet if self.imagenet else NetworkCIFAR
+        return build_network(
+            **self.shape, auxiliary=auxiliary, genotype=genotype, one_stage=self.one_stage
+        )
 
     def prune(self):
         """Drop the operations outside the support, for good.
@@ -440,20 +531,24 @@ class Network(Skeleton):
         list of nn.Parameter
             What they held, for an optimizer to forget.
         """
-        dropped = list(self.idle_parameters())
-        for operations, op in self._outside():
-            operations[op] = None
-        return dropped
-
-    def _outside(self):
-        """The operations outside the support: of each, the list that holds it and its place."""
+        dropped = []
         for cell in self.cells:
             support = self.codes[cell.reduction].support
             for j in range(NODES):
                 for edge, mixed in enumerate(cell.edges(j)):
                     for op, layer in enumerate(mixed._ops):
                         if layer is not None and (edge, op) not in support[j]:
-                            yield mixed._ops, op
+                            dropped += layer.parameters()
+                            mixed._ops[op] = None
+        return dropped
+
+    def prune_like(self, state_dict):
+        """Drop the operations that a state dict lacks: it is that of a pruned supernet."""
+        here = {operation_of(key) for key in state_dict}
+        for key in self.state_dict():
+            if (name := operation_of(key)) and name not in here:
+                operations, _, op = name.rpartition(".")
+                self.get_submodule(operations)[int(op)] = None
 
     @torch.no_grad()
     def absorb(self):
@@ -461,7 +556,7 @@ class Network(Skeleton):
 
         Returns
         -------
-        model.NetworkCIFAR
+        model.NetworkCIFAR or model.NetworkImageNet
             A new network of the genotype with the same outputs. The supernet stays as it is.
 
         Raises
@@ -472,9 +567,7 @@ class Network(Skeleton):
         if not self.one_stage:
             raise ValueError("only the supernet of one-stage search can be absorbed")
         with torch.device("meta"):  # no memory, and no random number, is spent on initial weights
-            plain = NetworkCIFAR(
-                **self.shape, auxiliary=self.auxiliary, genotype=self.genotype(), one_stage=True
-            )
+            plain = self._plain(self.genotype(), self.auxiliary)
         weight = self.classifier.weight
         plain.to_empty(device=weight.device).to(weight.dtype).train(self.training)
         plain.drop_path_prob = self.drop_path_prob
@@ -488,6 +581,23 @@ class Network(Skeleton):
                 for (edge, op), w in zip(support[j], weights[j], strict=True):
                     plain_op = next(plain_ops)
                     plain_op.load_state_dict(cell.edges(j)[edge]._ops[op].state_dict())
-                    plain_op.norm.weight.mul_(w)
-                    plain_op.norm.bias.mul_(w)
+                    norm = last_norm(plain_op)
+                    norm.weight.mul_(w)
+                    norm.bias.mul_(w)
         return plain
+
+
+def as_pairs(support):
+    """A support as a Genotype lists it: `[(operation name, input node), ...]`."""
+    return [(PRIMITIVES[op], edge) for node in support for edge, op in node]
+
+
+def operation_of(key):
+    """Name of the candidate operation that a state-dict key belongs to, or None."""
+    found = re.match(r"cells\.\d+\._ops\.\d+\._ops\.\d+", key)
+    return found and found[0]
+
+
+def _by_node(*of_types):
+    """Zip lists that hold, of both cell types, a list of the nodes."""
+    return zip(*(normal + reduce for normal, reduce in of_types), strict=True)

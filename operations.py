@@ -1,200 +1,109 @@
-"""The candidate operations of the DARTS search space, and what both networks build from.
+"""The candidate operations of the DARTS search space.
 
-Two things are done here once so that no network has to do them again, both exact:
+    op = build("sep_conv_3x3", C=16, stride=1)
+    y = op(x)                                   # x, y: (B, C, H, W)
 
-* Most operations begin with a ReLU. A node's tensor travels as a `State`, which computes its
-  rectified form once for all the operations that ask for it.
-* The sparse supernet multiplies every operation by a weight w. An operation that ends in a
-  BatchNorm takes w into it: w (γ x̂ + β) = (wγ) x̂ + wβ, which costs no pass over the tensor.
-
-Module and parameter names are those of DARTS, so that its checkpoints load.
+Every operation is a plain module, tensor in, tensor out; paste in your own. Module and parameter
+names are those of DARTS, so that its checkpoints load.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from convolutions import batch_norm, concatenate, diagonal, pointwise, separable
 
-
-class State:
-    """A tensor of the network, and its rectified form, computed at most once.
-
-    Parameters
-    ----------
-    x : tensor, (batch, C, H, W), or None if it is made up of parts
-    parts : list of State
-        States whose channels one after the other are this one's. They are put together only
-        where that is asked for; 1×1 convolutions do without.
-    """
-
-    def __init__(self, x, parts=()):
-        self._x = x
-        self._relu = None
-        self._parts = parts
-
-    @property
-    def parts(self):
-        return self._parts or [self]  # not kept: that would be a cycle, freed late
-
-    @property
-    def x(self):
-        if self._x is None:
-            self._x = concatenate([part.x for part in self._parts])
-        return self._x
-
-    @property
-    def relu(self):
-        if self._relu is None:
-            if self._x is None:
-                self._relu = concatenate([part.relu for part in self._parts])
-            else:
-                self._relu = F.relu(self._x)
-        return self._relu
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose output can be multiplied by a scalar weight at no cost.
-
-    forward(x, w) returns w (γ x̂ + β), with γ = 1 and β = 0 where the layer has none.
-    """
-
-    def forward(self, x, w=None):
-        if self.training:
-            return batch_norm(x, self, w)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, *self.scale_and_shift(w), eps=self.eps
-        )
-
-    def scale_and_shift(self, w=None):
-        """(wγ, wβ), or None for what is 1 and 0."""
-        if w is None:
-            return self.weight, self.bias
-        if self.affine:
-            return w * self.weight, w * self.bias
-        # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
-        return w.expand(self.num_features).contiguous(), None
-
-
-class Operation(nn.Module):
-    """An operation of the search space: op(state) = norm(body(state)), or w·op(state).
-
-    Subclasses give `body(state)`, all but the last BatchNorm, and `norm`, that BatchNorm or None.
-    `is_identity`: the output is the input tensor itself, neither copied nor normalised.
-    """
-
-    is_identity = False
-
-    def forward(self, state, w=None):
-        y = self.body(state)
-        if self.norm is not None:
-            return self.norm(y, w)
-        return y if w is None else w * y
-
-
-class Stack(Operation):
-    """Layers in `op`, of which the first is the shared ReLU and the last a BatchNorm."""
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.op = nn.Sequential(nn.ReLU(), *layers)
-
-    @property
-    def norm(self):
-        return self.op[-1]
-
-    def body(self, state):
-        x = state.relu
-        for layer in list(self.op)[1:-1]:
-            x = layer(x)
-        return x
-
-
-class ReLUConvBN(Stack):
+class ReLUConvBN(nn.Module):
     def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
-        super().__init__(
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
             nn.Conv2d(C_in, C_out, kernel_size, stride, padding, bias=False),
-            BatchNorm2d(C_out, affine=affine),
+            nn.BatchNorm2d(C_out, affine=affine),
         )
 
-    def body(self, state):
-        conv = self.op[1]
-        if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
-            return pointwise([part.relu for part in state.parts], conv.weight)
-        return super().body(state)
+    def forward(self, x):
+        return self.op(x)
 
 
-class SepConv(Stack):
+class SepConv(nn.Module):
     """Depthwise-separable convolution, applied twice; the first has the stride."""
 
     def __init__(self, C, kernel_size, stride, affine=True):
+        super().__init__()
         padding = kernel_size // 2
-        super().__init__(
+        self.op = nn.Sequential(
+            nn.ReLU(),
             nn.Conv2d(C, C, kernel_size, stride, padding, groups=C, bias=False),
             nn.Conv2d(C, C, 1, bias=False),
-            BatchNorm2d(C, affine=affine),
-            nn.ReLU(inplace=True),  # BatchNorm's backward needs its input, not its output
+            nn.BatchNorm2d(C, affine=affine),
+            nn.ReLU(),
             nn.Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
             nn.Conv2d(C, C, 1, bias=False),
-            BatchNorm2d(C, affine=affine),
+            nn.BatchNorm2d(C, affine=affine),
         )
 
-    def forward(self, state, w=None):
-        x = separable(state.relu, *self.op[1:4])
-        return separable(self.op[4](x), *self.op[5:8], w)
+    def forward(self, x):
+        return self.op(x)
 
 
-class DilConv(Stack):
+class DilConv(nn.Module):
     """Depthwise-separable convolution with dilation 2."""
 
     def __init__(self, C, kernel_size, stride, affine=True):
-        super().__init__(
-            nn.Conv2d(C, C, kernel_size, stride, kernel_size - 1, dilation=2, groups=C, bias=False),
+        super().__init__()
+        padding = kernel_size - 1
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
             nn.Conv2d(C, C, 1, bias=False),
-            BatchNorm2d(C, affine=affine),
+            nn.BatchNorm2d(C, affine=affine),
         )
 
-    def forward(self, state, w=None):
-        return separable(state.relu, *self.op[1:4], w)
+    def forward(self, x):
+        return self.op(x)
 
 
-class FactorizedReduce(Operation):
+class FactorizedReduce(nn.Module):
     """Halves the resolution: two 1×1 convolutions of stride 2, one pixel apart, side by side."""
 
     def __init__(self, C_in, C_out, affine=True):
         super().__init__()
+        self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
         self.conv_2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
-        self.bn = BatchNorm2d(C_out, affine=affine)
+        self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
-    @property
-    def norm(self):
-        return self.bn
-
-    def body(self, state):
-        even, odd = zip(*[diagonal(part.relu) for part in state.parts], strict=True)
-        halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
-        return torch.cat(halves, dim=1)
+    def forward(self, x):                                             # (B, C_in, H, W)
+        x = self.relu(x)
+        x = torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
+        return self.bn(x)                                             # (B, C_out, H/2, W/2)
 
 
-class Plain(nn.Sequential, Operation):
-    """A pool or an identity, followed by an appended BatchNorm where there is one."""
+class Normed(nn.Sequential):
+    """An operation and the BatchNorm that is appended to it."""
 
-    def __init__(self, op, norm=None):
-        super().__init__(op, *([norm] if norm is not None else []))
 
-    forward = Operation.forward
+def max_pool(C, stride, affine):
+    return nn.MaxPool2d(3, stride, padding=1)
 
-    @property
-    def norm(self):
-        return self[1] if len(self) == 2 else None
 
-    def body(self, state):
-        return self[0](state.x)
+def avg_pool(C, stride, affine):
+    return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
 
-    @property
-    def is_identity(self):
-        return isinstance(self[0], nn.Identity) and self.norm is None
+
+def skip(C, stride, affine):
+    return nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)
+
+
+# Each takes the channels, the stride and whether its BatchNorms have γ and β.
+OPS = {
+    "max_pool_3x3": max_pool,
+    "avg_pool_3x3": avg_pool,
+    "skip_connect": skip,
+    "sep_conv_3x3": lambda C, stride, affine: SepConv(C, 3, stride, affine),
+    "sep_conv_5x5": lambda C, stride, affine: SepConv(C, 5, stride, affine),
+    "dil_conv_3x3": lambda C, stride, affine: DilConv(C, 3, stride, affine),
+    "dil_conv_5x5": lambda C, stride, affine: DilConv(C, 5, stride, affine),
+}
 
 
 def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=False):
@@ -214,36 +123,26 @@ def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=Fal
 
     Returns
     -------
-    Operation
-        Takes a `State`, and a weight for its output if wanted.
+    nn.Module
+        (B, C, H, W) → (B, C, H/stride, W/stride)
     """
+    op = OPS[primitive](C, stride, affine)
+    is_pool, is_identity = "_pool_" in primitive, isinstance(op, nn.Identity)
+    if (is_pool and norm_pools) or (is_identity and norm_skips):
+        return Normed(op, nn.BatchNorm2d(C, affine=affine))
+    return op
 
-    def appended(wanted):
-        return BatchNorm2d(C, affine=affine) if wanted else None
 
-    match primitive:
-        case "max_pool_3x3":
-            return Plain(nn.MaxPool2d(3, stride, padding=1), appended(norm_pools))
-        case "avg_pool_3x3":
-            pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
-            return Plain(pool, appended(norm_pools))
-        case "skip_connect" if stride == 1:
-            return Plain(nn.Identity(), appended(norm_skips))
-        case "skip_connect":
-            return FactorizedReduce(C, C, affine)
-        case "sep_conv_3x3":
-            return SepConv(C, 3, stride, affine)
-        case "sep_conv_5x5":
-            return SepConv(C, 5, stride, affine)
-        case "dil_conv_3x3":
-            return DilConv(C, 3, stride, affine)
-        case "dil_conv_5x5":
-            return DilConv(C, 5, stride, affine)
-    raise KeyError(primitive)
+def last_norm(op):
+    """The BatchNorm that an operation ends in: the last of its layers of that kind."""
+    return [layer for layer in op.modules() if isinstance(layer, nn.BatchNorm2d)][-1]
 
 
 def drop_path(x, drop_prob):
-    """Drop whole samples of x (batch, C, H, W) with `drop_prob` and rescale the rest by 1/keep."""
+    """Drop whole samples of x (B, C, H, W) with `drop_prob` and rescale the rest by 1/keep.
+
+    Source: Larsson, Maire, Shakhnarovich, FractalNet, ICLR 2017; as DARTS uses it.
+    """
     keep = 1.0 - drop_prob
-    mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)
+    mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)          # (B, 1, 1, 1)
     return x * (mask / keep)

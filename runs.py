@@ -1,4 +1,13 @@
-"""Run folders: the log, the numbers of each epoch, and checkpoints that a kill cannot spoil."""
+"""Run folders: created, resumed, written an epoch at a time; and how a script ends.
+
+    runs/NAME/config.json       the flags of the run
+              log.txt           what was printed
+              metrics.jsonl     the numbers of each epoch, one JSON object a line
+              genotype.json     of a search: the current one; genotypes.jsonl: that of each epoch
+              checkpoint.pt     all that is needed to go on; checkpoint-previous.pt: an epoch before
+              network.pt        a trained network
+              tensorboard/      events; scripts/: the sources that made the run
+"""
 
 import contextlib
 import datetime
@@ -7,130 +16,206 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
-import zipfile
+import time
 
 import torch
 from tqdm import tqdm
 
 import arguments
+import checkpoints
 import distributed
 import genotypes
-import visualize
-from distributed import by_first
-from utils import UserError, choose_device
+import ista
+import utils
+from distributed import rank_zero_only
+from utils import UserError, replacing, writing
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
 
 # ------------------------------------------------------------------------------------------------
-# Run folder
+# How a script ends
 # ------------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM."""
+
+
+@contextlib.contextmanager
+def command(prog):
+    """Run a script's main: what a person can fix ends in one line and exit status 2.
+
+    SIGINT and SIGTERM end in exit status 130 and 143, and a line that says how to go on.
+    """
+
+    def stop(signum, frame):
+        raise Stopped(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    try:
+        distributed.start()
+        yield
+        distributed.stop()
+    except (UserError, ista.SolverUnavailable) as error:
+        arguments.fail(prog, error)
+    except torch.OutOfMemoryError:
+        arguments.fail(prog, "the device has too little memory: give a smaller --batch_size")
+    except Stopped as stopped:
+        signum = stopped.args[0]
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        if Run.latest:
+            Run.latest.log(f"stopped; {Run.latest.how_to_resume()}")
+        if distributed.rank() == 0:
+            print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
+        sys.exit(128 + signum)
+    except RuntimeError as error:
+        if not distributed.is_loss(error):
+            raise
+        hint = Run.latest.how_to_resume() if Run.latest else "see what it says, and start again"
+        reason = str(error).splitlines()[0]
+        print(f"{prog}: error: another rank of this run has ended; {hint} ({reason})",
+              file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data"}  # at a resumption
 
 
 class Run:
-    """A run folder: config.json, log.txt, metrics.jsonl, checkpoint.pt, a copy of the scripts.
+    """A run and its folder, which is made, or gone on with, by `begin`.
 
-    Of several processes the first one writes; the methods may be called by all.
+    Until then nothing is written, so that a run which cannot start leaves nothing behind. Of
+    several ranks, rank 0 writes; all may call the methods.
 
     Parameters
     ----------
-    path : str
-        Of a folder that exists; `Run.create` makes that of a new run.
+    kind : {"search", "train"}
+    args : argparse.Namespace
+        The flags; `resume` names an old run.
+
+    Attributes
+    ----------
+    args : argparse.Namespace
+        Of a resumed run its own, but for what was typed anew (`FREE`, and more --epochs).
+    checkpoint : dict or None
+        The last one of a resumed run.
+    path : str or None
+        The folder, once begun.
+
+    Raises
+    ------
+    UserError
+        If the run to resume is of another kind, or a typed flag contradicts it.
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.warnings = set()
-        self.board = None
-        self.restless = 0  # epochs in a row in which a search has changed its architecture
+    latest = None
 
-    @classmethod
-    def create(cls, args, prefix):
-        """Make the folder of a new run: --save, or runs/PREFIX-DATE-TIME.
+    def __init__(self, kind, args):
+        self.kind, self.args, self.checkpoint, self.path = kind, args, None, None
+        self.kept, self.warned, self.board = [], set(), None
+        if args.resume:
+            self._load(args)
 
-        Raises
-        ------
-        UserError
-            If --save is not an empty or a new folder: a run is never overwritten.
+    def _load(self, typed):
+        """Take the checkpoint of --resume, and the flags of its run."""
+        path = arguments.checkpoint_path(typed.resume)
+        checkpoint = checkpoints.load(path)
+        if not isinstance(checkpoint, dict) or checkpoint.get("kind") != self.kind:
+            raise UserError(
+                f"--resume {typed.resume}: that is not a checkpoint of a {self.kind} run; "
+                "search.py resumes searches, and train.py trainings"
+            )
+        if isinstance(checkpoint["random"], dict):  # of before there could be several ranks
+            checkpoint["random"] = [checkpoint["random"]]
+        saved = {**vars(typed), **checkpoint["args"]}  # a newer flag than the run: its default
+        for name in typed.typed:
+            value = getattr(typed, name)
+            if name in FREE or (name == "epochs" and value > saved["epochs"]):
+                saved[name] = value
+            elif saved.get(name) != value:
+                raise UserError(
+                    f"--{name} {value} contradicts the run in {typed.resume}, which has "
+                    f"{saved.get(name)}: leave it out, or start a new run"
+                )
+        if "device" not in typed.typed and not utils.is_usable(saved["device"]):
+            self.log(f"--device {saved['device']}, which the run was given, cannot be used here: "
+                     "it goes on with the default one")
+            saved["device"] = None
+        # All ranks together go on with the batches they had.
+        together = saved["batch_size"] * len(checkpoint["random"])
+        saved["batch_size"] = max(together // distributed.world_size(), 1)
+        saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
+        self.checkpoint, self.args = checkpoint, type(typed)(**saved)
+
+    def begin(self, device, columns):
+        """Make the folder, or cut an old one back to its checkpoint; print the table's head.
+
+        Parameters
+        ----------
+        device : torch.device
+            Where it computes.
+        columns : dict of str
+            Head of each column, and a format string of its text, for the row of an epoch.
         """
-        return cls(distributed.on_first(lambda: cls._create(args, prefix)))
-
-    @classmethod
-    def _create(cls, args, prefix):
-        if args.save and os.path.isdir(args.save) and not os.listdir(args.save):
-            run = cls(args.save)
+        path = self.args.save if self.checkpoint else None
+        if not self.checkpoint and distributed.rank() == 0:
+            path = self._make_folder()
+        self.path, self.device = distributed.gather(path)[0], device
+        kept, self.kept = self.kept, []
+        if self.checkpoint:
+            epoch, epochs = self.checkpoint["epoch"], self.checkpoint["args"]["epochs"]
+            self._cut(epoch)
+            self.log(f"resumed {self.path} after epoch {epoch}")
+            if self.args.epochs != epochs:
+                self.log(f"--epochs is {self.args.epochs} now, and was {epochs}: from here on, "
+                         "learning rate and drop-path follow the schedule of "
+                         f"{self.args.epochs} epochs")
         else:
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            run = cls(_make_folder(args.save or os.path.join("runs", f"{prefix}-{stamp}"), args))
-        with replacing(run.file("config.json")) as partial, open(partial, "w") as file:
-            json.dump(plain(args), file, indent=1)
-        sources = os.path.dirname(os.path.abspath(__file__))
-        with writing(run.file("scripts")):
-            os.makedirs(run.file("scripts"), exist_ok=True)
+            self.log(f"new run in {self.path}")
+        for text in kept:
+            self.log(text)
+        self.columns = {"epoch": "{name}", **columns, "memory": "{peak_memory_gib:.2f} GiB",
+                        "time": "{time}", "left": "{left}"}
+        self.log(utils.table_row(self.columns, self.columns))
+        Run.latest = self
+
+    def _make_folder(self):
+        args = self.args
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = args.save or os.path.join("runs", f"{self.kind}-{stamp}")
+        # Two runs that start in the same second get folders of their own.
+        names = [path] if args.save else [path, *(f"{path}-{k}" for k in range(2, 1000))]
+        for name in names:
+            with contextlib.suppress(FileExistsError), writing(name):
+                if not (args.save and os.path.isdir(name) and not os.listdir(name)):
+                    os.makedirs(name)
+                break
+        else:
+            raise UserError(
+                f"--save {path} exists already and is not overwritten: choose another folder"
+            )
+        with replacing(os.path.join(name, "config.json")) as file:
+            file.write(json.dumps(plain(args), indent=1).encode())
+        sources, copies = os.path.dirname(os.path.abspath(__file__)), os.path.join(name, "scripts")
+        with writing(copies):
+            os.makedirs(copies)
             for script in glob.glob(os.path.join(glob.escape(sources), "*.py")):
-                shutil.copy(script, run.file("scripts"))
-        return run.path
+                shutil.copy(script, copies)
+        return name
 
-    @classmethod
-    def resume(cls, args, checkpoint):
-        """The folder of a run that goes on after a checkpoint; later rows are dropped from it."""
-        run, epoch, epochs = cls(args.save), checkpoint["epoch"], checkpoint["args"]["epochs"]
-        run.cut(epoch)
-        run.log(f"resumed {run.path} after epoch {epoch}")
-        if args.device is None and (device := checkpoint["args"]["device"]) is not None:
-            run.log(f"--device {device}, which the run was given, cannot be used here: it goes on "
-                    "with the default one")  # fmt: skip
-        if args.epochs != epochs:
-            run.log(f"--epochs is {args.epochs} now, and was {epochs}: from here on, learning rate "
-                    f"and drop-path follow the schedule of {args.epochs} epochs")  # fmt: skip
-        return run
-
-    def file(self, name):
-        return os.path.join(self.path, name)
-
-    @by_first
-    def log(self, text=""):
-        """Print a text, and append it to log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        with writing(self.file("log.txt")), open(self.file("log.txt"), "a") as file:
-            file.write(f"{text}\n")
-
-    @by_first
-    def show(self, row, genotype=None):
-        """Write the numbers of an epoch, and its cells, as TensorBoard events."""
-        if self.board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self.warn_once("tensorboard is not installed, so no events are written for it")
-                return
-            # Events of a run that was stopped, from this epoch on, are not shown.
-            self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
-        for key, value in row.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(key, value, row["epoch"])
-        if genotype is not None:
-            for operation in genotypes.PRIMITIVES:
-                count = sum(op == operation for op, _ in genotype.normal + genotype.reduce)
-                self.board.add_scalar(f"pairs/{operation}", count, row["epoch"])
-            if row["changed"] or row["epoch"] == 1:
-                figure = visualize.cells_figure(genotype)
-                self.board.add_figure("cells", figure, row["epoch"])
-        self.board.flush()
-
-    @by_first
-    def append(self, name, row):
-        """Append a row to a file of one JSON object a line."""
-        with writing(self.file(name)), open(self.file(name), "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def warn_once(self, text):
-        """Log a warning, unless it was logged before."""
-        if text not in self.warnings:
-            self.warnings.add(text)
-            self.log(f"warning: {text}")
-
-    @by_first
-    def cut(self, epoch):
+    @rank_zero_only
+    def _cut(self, epoch):
         """Drop the rows of the .jsonl files that are later than `epoch`, or damaged.
 
         An epoch's rows are written before its checkpoint, so a run that was stopped between the
@@ -143,60 +228,37 @@ class Run:
                     with contextlib.suppress(ValueError, KeyError, TypeError):
                         if json.loads(line)["epoch"] <= epoch:
                             kept.append(line)
-            with replacing(path) as partial, open(partial, "w") as file:
-                file.writelines(kept)
+            with replacing(path) as file:
+                file.write("".join(kept).encode())
 
-    @by_first
-    def save_checkpoint(self, state):
-        """Write checkpoint.pt such that a whole one exists at every moment.
+    def file(self, name):
+        return os.path.join(self.path, name)
 
-        The one that was there stays as checkpoint-previous.pt. `state` is a dict of tensors,
-        numbers, strings, lists and dicts.
-        """
-        path = self.file("checkpoint.pt")
-        with replacing(path) as partial:
-            torch.save(state, partial)
-            if os.path.exists(path):
-                with replacing(previous(path)) as link:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.remove(link)
-                    try:
-                        os.link(path, link)
-                    except OSError:  # a file system without links
-                        shutil.copyfile(path, link)
+    # --------------------------------------------------------------------------------------------
+    # What is said
+    # --------------------------------------------------------------------------------------------
 
-    @by_first
-    def save_network(self, name, net, args, about):
-        """Write a network of model.py such that it can be built again from the file alone.
+    @rank_zero_only
+    def log(self, text):
+        """Print a text, and append it to log.txt; before `begin`, keep it until then."""
+        if self.path is None:
+            self.kept.append(text)
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        with writing(self.file("log.txt")), open(self.file("log.txt"), "a") as file:
+            file.write(f"{text}\n")
 
-        Parameters
-        ----------
-        name : str
-            Of the file.
-        net : model.NetworkCIFAR or model.NetworkImageNet
-        args : argparse.Namespace
-            Of the run; says what data the network is for.
-        about : dict
-            Numbers and strings: what is known of it.
-        """
-        state = dict(network=net.config, model=net.state_dict(), args=plain(args), about=about)
-        with replacing(self.file(name)) as partial:
-            torch.save(state, partial)
+    @rank_zero_only
+    def say(self):
+        """Print what was logged, where no run begins."""
+        print("\n".join(self.kept))
 
-    @by_first
-    def save_genotype(self, genotype, one_stage, **about):
-        """Write genotype.json; see `genotypes.save`."""
-        with writing(self.file("genotype.json")):
-            genotypes.save(self.file("genotype.json"), genotype, one_stage, **about)
-
-    @by_first
-    def draw(self):
-        """Draw the pictures of the run, and say where they are."""
-        try:
-            names = [os.path.basename(path) for path in visualize.draw_run(self.path)]
-            self.log(f"pictures in {self.path}: {', '.join(names)}")
-        except (ValueError, OSError) as error:
-            self.log(f"no pictures could be drawn: {error}")
+    def warn_once(self, what, text):
+        """Log a warning, unless there was one of this kind before."""
+        if what not in self.warned:
+            self.warned.add(what)
+            self.log(f"warning: {text}")
 
     def how_to_resume(self):
         """What can be done with a run that ended early."""
@@ -206,136 +268,150 @@ class Run:
         launcher = distributed.launcher()
         return f"go on from the last checkpoint with: {launcher} {script} --resume {path}"
 
+    # --------------------------------------------------------------------------------------------
+    # An epoch
+    # --------------------------------------------------------------------------------------------
 
-def _make_folder(path, args):
-    # Two runs that start in the same second get folders of their own.
-    names = [path] if args.save else [path, *(f"{path}-{k}" for k in range(2, 1000))]
-    for name in names:
-        with contextlib.suppress(FileExistsError), writing(name):
-            os.makedirs(name)
-            return name
-    raise UserError(f"--save {path} exists already and is not overwritten: choose another folder")
+    @contextlib.contextmanager
+    def epoch(self, epoch, name, batches, epochs_left, **row):
+        """Time an epoch, show its progress, and put its numbers in log, metrics and TensorBoard.
+
+        Parameters
+        ----------
+        epoch : int
+            From 1.
+        name : str
+            As the log calls it: "3/50".
+        batches : data.Batches
+            What the steps go through.
+        epochs_left : (int, bool)
+            Of the run, after this one; and whether there may be more.
+        **row
+            What is known before.
+
+        Yields
+        ------
+        dict
+            The row of the epoch, to be filled.
+
+        Raises
+        ------
+        UserError
+            If a loss was not finite.
+        """
+        began = time.monotonic()
+        epochs_left, is_least = epochs_left
+        self.progress = utils.Progress(
+            f"epoch {name}", len(batches), distributed.world_size() * batches.batch_size,
+            self.args.report_freq, epochs_left, self.log,
+        )
+        row = {"epoch": epoch, **row}
+        try:
+            yield row
+        except utils.Diverged as error:
+            raise UserError(
+                f"epoch {name}, step {error}: the loss is not finite at learning rate "
+                f"{row['learning_rate']:.4g}; try a smaller --learning_rate or --grad_clip in a "
+                f"new run; {self.how_to_resume()}"
+            ) from None
+        finally:
+            self.progress.close()
+        row["seconds"] = seconds = time.monotonic() - began
+        row["peak_memory_gib"] = utils.peak_memory(self.device)
+        left = "> " * is_least + utils.duration(seconds * epochs_left)
+        shown = {**row, "name": name, "time": utils.duration(seconds), "left": left}
+        texts = [text.format(**shown) for text in self.columns.values()]
+        self.log(utils.table_row(texts, self.columns))
+        self.append("metrics.jsonl", row)
+        self._show(row)
+
+    @rank_zero_only
+    def append(self, name, row):
+        """Append a row to a file of one JSON object a line."""
+        with writing(self.file(name)), open(self.file(name), "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def _show(self, row):
+        if SummaryWriter is None:
+            self.warn_once("tensorboard", "tensorboard is not installed, so it has no events")
+            return
+        if self.board is None:
+            # Events of a run that was stopped, from this epoch on, are not shown.
+            self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(key, value, row["epoch"])
+        self.board.flush()
+
+    @rank_zero_only
+    def show_figure(self, name, figure, epoch):
+        """Put a matplotlib figure into the TensorBoard events."""
+        if self.board is not None:
+            self.board.add_figure(name, figure, epoch)
+
+    # --------------------------------------------------------------------------------------------
+    # What is saved
+    # --------------------------------------------------------------------------------------------
+
+    @rank_zero_only
+    def save_checkpoint(self, **state):
+        """Write checkpoint.pt such that a whole one exists at every moment.
+
+        The one that was there stays as checkpoint-previous.pt. `state` is made of tensors,
+        numbers, strings, lists and dicts.
+        """
+        about = dict(kind=self.kind, version=arguments.__version__, args=plain(self.args))
+        checkpoints.save(self.file("checkpoint.pt"), about | state, keep_last=True)
+
+    @rank_zero_only
+    def save_network(self, name, net, images, **about):
+        """Write a network of model.py such that `model.load` needs nothing else.
+
+        Parameters
+        ----------
+        name : str
+            Of the file.
+        net : model.NetworkCIFAR or model.NetworkImageNet
+        images : data.Images or imagenet.Images
+            What it was trained on.
+        **about
+            Numbers and strings: what is known of it.
+        """
+        about |= dict(
+            dataset=self.args.dataset, classes=list(images.classes), mean=list(images.mean),
+            std=list(images.std), image_size=self.args.image_size,
+        )
+        state = dict(
+            config=net.config, weights=net.state_dict(), args=plain(self.args), about=about
+        )
+        checkpoints.save(self.file(name), state)
+
+    @rank_zero_only
+    def save_genotype(self, genotype, one_stage, **about):
+        """Write genotype.json; see `genotypes.save`."""
+        with writing(self.file("genotype.json")):
+            genotypes.save(
+                self.file("genotype.json"), genotype, one_stage, arguments=plain(self.args),
+                **about,
+            )
+
+    @rank_zero_only
+    def draw(self, draw_run):
+        """Have the pictures of the run drawn, and say where they are.
+
+        Parameters
+        ----------
+        draw_run : callable
+            Takes the folder, returns the paths of pictures.
+        """
+        try:
+            names = [os.path.basename(path) for path in draw_run(self.path)]
+            self.log(f"pictures in {self.path}: {', '.join(names)}")
+        except (ValueError, OSError) as error:
+            self.log(f"no pictures could be drawn: {error}")
 
 
 def plain(args):
     """The arguments as a dict that JSON and torch.save can hold."""
     return {name: value for name, value in vars(args).items() if name not in ("typed", "resume")}
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Name the path when a file or folder cannot be written."""
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from None
-    except RuntimeError as error:  # torch.save's answer to a full disk
-        raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Give the name of a temporary file that takes the place of `path` once it is whole."""
-    partial = f"{path}.partial"
-    try:
-        with writing(path):
-            yield partial
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------
-
-
-def previous(path):
-    """Name of the checkpoint that was written before the one at `path`."""
-    stem, extension = os.path.splitext(path)
-    return f"{stem}-previous{extension}"
-
-
-def load_checkpoint(path):
-    """Read a file of torch.save, of which no code is run (weights_only).
-
-    Raises
-    ------
-    UserError
-        If it cannot be read, or is damaged; names an older checkpoint beside it that is whole.
-    """
-    try:
-        return _load_whole(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception:  # zip, pickle and torch each have errors of their own for damage
-        message = f"{path} is damaged, or not a file of network weights"
-    with contextlib.suppress(Exception):
-        _load_whole(previous(path))
-        message += f"; {previous(path)}, of the epoch before, is whole: copy it over this one"
-    raise UserError(message)
-
-
-def _load_whole(path):
-    # torch.load does not look at the checksums that torch.save has written.
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-# What may be given anew when a run is resumed.
-FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data"}
-
-
-def resume(args, kind):
-    """Load the checkpoint of --resume, and the arguments of its run.
-
-    Returns
-    -------
-    checkpoint : dict
-    args : argparse.Namespace
-        Those of the run, except for the typed flags in `FREE` and a larger --epochs. `save` is the
-        run's folder, wherever it is now, `batch_size` is for as many processes as there are, and
-        `device` is None where that of the run cannot be used.
-
-    Raises
-    ------
-    UserError
-        If the run is of another kind, or a typed flag contradicts it.
-    """
-    path = arguments.checkpoint_path(args.resume)
-    checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        raise UserError(
-            f"--resume {args.resume}: that is not a checkpoint of a {kind} run; search.py resumes "
-            "searches, and train.py trainings"
-        )
-    if isinstance(checkpoint["random"], dict):  # of before there could be several processes
-        checkpoint["random"] = [checkpoint["random"]]
-    saved = {**vars(args), **checkpoint["args"]}  # a flag that is newer than the run: its default
-    for name in args.typed:
-        value = getattr(args, name)
-        if name in FREE or (name == "epochs" and value > saved["epochs"]):
-            saved[name] = value
-        elif saved.get(name) != value:
-            raise UserError(
-                f"--{name} {value} contradicts the run in {args.resume}, which has "
-                f"{saved.get(name)}: leave it out, or start a new run"
-            )
-    # All processes together go on with the batches they had.
-    together = saved["batch_size"] * len(checkpoint["random"])
-    saved["batch_size"] = max(together // distributed.processes(), 1)
-    if "device" not in args.typed:  # that of the run, where there is such a one
-        try:
-            choose_device(saved["device"])
-        except UserError:
-            saved["device"] = None
-    saved.update(save=os.path.dirname(path) or ".", typed=args.typed, resume=args.resume)
-    return checkpoint, type(args)(**saved)

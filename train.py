@@ -14,267 +14,143 @@ smoothing. The network after the last epoch is in network.pt, the best of all ep
 network-best.pt. Nothing is selected by the test accuracy but that name.
 """
 
-import os
+import shlex
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
 
 import arguments
+import checkpoints
+import data
+import distributed
+import fast
 import genotypes
-
-CIFAR = dict(
-    init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=0,
-    learning_rate=0.025, learning_rate_min=0.0, weight_decay=3e-4, label_smoothing=0.0,
-    auxiliary=True, cutout=True, drop_path_prob=0.2,
-)  # fmt: skip
-IMAGENET = dict(
-    init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250, seed=0,
-    learning_rate=0.5, learning_rate_min=0.0, weight_decay=3e-5, label_smoothing=0.1,
-    auxiliary=True, cutout=False, drop_path_prob=0.0,
-)  # fmt: skip
-
-
-def get_args_parser():
-    parser = arguments.Parser(prog="train.py", description=__doc__)
-    arguments.add_shared(parser, [*arguments.DATASETS, "imagenet"])
-    group = parser.add_argument_group("what to train or evaluate")
-    group.add_argument(
-        "--arch", metavar="GENOTYPE",
-        help="a published name, random:SEED, a genotype.json, or a text 'Genotype(...)'",
-    )  # fmt: skip
-    arguments.switch(group, "one_stage", "BatchNorm after pools and skips")
-    group.add_argument(
-        "--weights", metavar="FILE",
-        help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
-        "(the latter needs --arch)",
-    )  # fmt: skip
-    group.add_argument(
-        "--label_smoothing", type=arguments.real(0, 1), metavar="P",
-        help="part of each label that is spread over all classes",
-    )  # fmt: skip
-    group.add_argument(
-        "--evaluate", action="store_true",
-        help="measure the network of --weights or --resume on the test set, and do nothing else",
-    )  # fmt: skip
-    parser.show_defaults(cifar=CIFAR, imagenet=IMAGENET)
-    return parser
-
-
-def published(typed):
-    """The published setting of the data set that the typed flags name."""
-    return IMAGENET if typed.get("dataset") == "imagenet" else CIFAR
-
-
-def check(args):
-    """Raise ValueError on flags that cannot be right, before anything is loaded."""
-    arguments.check_shared(args)
-    if args.arch is not None:
-        genotypes.load(args.arch)
-    if args.weights is not None:
-        arguments.check_file("--weights", args.weights)
-    if args.resume and (args.weights or args.arch):
-        raise ValueError("--resume brings its own network: leave out --weights and --arch")
-    if args.evaluate and not (args.weights or args.resume):
-        raise ValueError("--evaluate needs the network to measure: --weights FILE or --resume RUN")
-    if not (args.arch or args.weights or args.resume):
-        raise ValueError(
-            "--arch is missing: give a genotype.json that search.py wrote, or one of "
-            f"{', '.join(genotypes.NAMED)}"
-        )
-    if args.dataset == "imagenet" and not args.resume:
-        check_imagenet(args)
-
-
-def check_imagenet(args):
-    if not os.path.isdir(args.data):
-        raise ValueError(
-            f"--data {args.data} is not a folder: --dataset imagenet reads DIR/train/<class>/* and "
-            "DIR/val/<class>/*"
-        )
-    if args.image_size % 32:
-        raise ValueError(
-            f"--image_size must be a multiple of 32 for imagenet, not {args.image_size}: the "
-            "network halves it five times"
-        )
-    if args.init_channels % 2:
-        raise ValueError(f"--init_channels must be even for imagenet, not {args.init_channels}")
-    if args.cutout:
-        raise ValueError("--cutout: the images of imagenet are cropped, not cut; leave it out")
-    if "learning_rate_min" in args.typed:
-        raise ValueError(
-            "--learning_rate_min: the learning rate of imagenet falls in a line to 0; leave it out"
-        )
-
-
-if __name__ == "__main__":  # before torch is imported, so that a typing error is answered at once
-    parser = get_args_parser()
-    args = parser.parse_args(published=published, check=check)
-
-import functools  # noqa: E402
-import shlex  # noqa: E402
-import time  # noqa: E402
-
-import torch  # noqa: E402
-from torch.nn.utils import clip_grad_norm_  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import data  # noqa: E402
-import distributed  # noqa: E402
-import imagenet  # noqa: E402
-import model  # noqa: E402
-import runs  # noqa: E402
-import utils  # noqa: E402
+import imagenet
+import model
+import runs
+import utils
+import visualize
 
 
 def main(args):
-    # --------------------------------------------------------------------------------------------
-    # Network and data
-    # --------------------------------------------------------------------------------------------
-    checkpoint = source = None
-    if args.resume:
-        checkpoint, args = distributed.first_before_others(lambda: runs.resume(args, "train"))
-        source = checkpoint
-    elif args.weights:
-        source = read_weights(args.weights)
+    source = checkpoints.read_weights(args.weights) if args.weights else None
+    if source:
         use_data_of(source["args"], args)
+    run = runs.Run("train", args)
+    args, checkpoint = run.args, run.checkpoint
+    source = checkpoint or source
     config = network_config(args, source)
     device = utils.choose_device(args.device, args.amp)
+    generator = utils.seed_everything(args.seed, device)
     memory_format = utils.memory_format(device, args.amp)
-    utils.seed_everything(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
 
-    notes = []
-    layout = dict(part=distributed.part(), channels_last=memory_format is torch.channels_last)
-    if args.dataset == "imagenet":
-        train, test = distributed.first_before_others(lambda: imagenet.load(args.data))
-        options = dict(image_size=args.image_size, device=device, workers=args.workers)
-        batches = functools.partial(imagenet.Batches, **layout, **options)
-    else:
-        train, test = distributed.first_before_others(lambda: data.load(
-            args.dataset, args.data, args.image_size, device, args.workers, log=notes.append
-        ))  # fmt: skip
-        options = dict(cutout_length=args.cutout_length if args.cutout else 0)
-        batches = functools.partial(data.Batches, **layout, **options)
+    train, test = load_images(run, device, config)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
-    if not args.evaluate and not checkpoint:
-        notes += utils.fit_to_data(args, len(train))
-    if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
-        raise utils.UserError(
-            f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
-            f"{len(test.classes)}: give its --dataset and --data"
-        )
+    options = dict(
+        batch_size=args.batch_size, generator=generator, memory_format=memory_format,
+        rank=distributed.rank(), world_size=distributed.world_size(),
+    )
+    test_batches = test.batches(train=False, **options)
+
     net = model.from_config(config)
     if source:
-        load_weights(net, source["model"], args.weights or args.resume)
-    net = net.to(device, memory_format=memory_format)
+        checkpoints.load_weights(net, source["weights"], args.weights or args.resume)
+    net = fast.accelerate(net.to(device, memory_format=memory_format))
     utils.seed_drop_path(args.seed)
-    test_batches = batches(test, args.batch_size, train=False)
     parameters, multiply_adds = cost(net, args.image_size)
-    notes.append(
+    run.log(
         f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds "
         f"an image, both without the auxiliary head; device: {device}"
     )
-
     if args.evaluate:
-        loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
-        notes.append(f"test accuracy {accuracies[0]:.2f} %, error {100 - accuracies[0]:.2f} %, "
-                     + (f"top-5 accuracy {accuracies[1]:.2f} %, " if top5 else "")
-                     + f"loss {loss:.4f}, on {len(test)} images of {args.dataset}")  # fmt: skip
-        if distributed.rank() == 0:
-            print("\n".join(notes))
+        measured = utils.evaluate(net, test_batches, args.amp, top5)
+        run.log(f"{told(measured)}, loss {measured[0]:.4f}, on {len(test)} images of "
+                f"{args.dataset}")
+        run.say()
         return
 
-    # --------------------------------------------------------------------------------------------
-    # A new run, or an old one from where it stopped
-    # --------------------------------------------------------------------------------------------
-    train_batches = batches(train, args.batch_size, train=True, generator=generator)
+    cutout_length = args.cutout_length if args.cutout else 0
+    batches = train.batches(train=True, cutout_length=cutout_length, **options)
     optimizer = torch.optim.SGD(
         net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
         foreach=True,
-    )  # fmt: skip
+    )
+    epoch, best = 0, 0.0
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        notes += utils.set_random_state(checkpoint["random"], generator, args.seed, epoch)
-        run = runs.Run.resume(args, checkpoint)
-    else:
-        epoch, best = 0, 0.0
-        run = runs.Run.create(args, "train")
-        run.log(f"new run in {run.path}")
-        run.save_genotype(
-            genotypes.from_lists(config["genotype"]), config["one_stage"], arch=args.arch,
-            arguments=runs.plain(args),
-        )  # fmt: skip
-    if device.type == "cpu":
-        notes.append("there is no CUDA device: the published recipe takes weeks on a small CPU; "
-                     "fewer --init_channels, --layers and --epochs help")  # fmt: skip
-    for note in [*notes, f"genotype = {genotypes.from_lists(config['genotype'])}"]:
-        run.log(note)
-    averaged = distributed.averaged(net)
-    columns = ["epoch", "lr", "train loss", "train acc", "test loss", "test acc",
-               *["test top-5"] * top5, "best acc", "memory", "time", "left"]  # fmt: skip
-    run.log(utils.table_row(columns))
+        utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+    genotype = genotypes.from_lists(config["genotype"])
+    run.log(f"genotype = {genotype}")
+    run.begin(device, columns(top5))
+    run.save_genotype(genotype, config["one_stage"], arch=args.arch)
+    parallel = distributed.data_parallel(net, [*net.parameters()])
 
-    # --------------------------------------------------------------------------------------------
-    # The epochs
-    # --------------------------------------------------------------------------------------------
     while epoch < args.epochs:
-        began = time.time()
         learning_rate = scheduled(epoch, args)
         utils.set_learning_rate(optimizer, learning_rate)
         net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         epoch += 1
-        row = dict(epoch=epoch, learning_rate=learning_rate, drop_path_prob=net.drop_path_prob)
-        name = f"{epoch}/{args.epochs}"
+        with run.epoch(
+            epoch, f"{epoch}/{args.epochs}", batches, (args.epochs - epoch, False),
+            learning_rate=learning_rate, drop_path_prob=net.drop_path_prob,
+            parameters=parameters, multiply_adds=multiply_adds,
+        ) as row:
+            row |= train_epoch(net, parallel, batches, optimizer, args, run.progress)
+            row |= utils.named(utils.evaluate(net, test_batches, args.amp, top5), "test")
+            is_best, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
+            row["best_accuracy"] = best
+        about = dict(epoch=epoch, test_accuracy=row["test_accuracy"])
+        if is_best:
+            run.save_network("network-best.pt", net, train, **about)
+        run.save_checkpoint(
+            epoch=epoch, best=best, row=row, config=net.config, weights=net.state_dict(),
+            optimizer=optimizer.state_dict(), random=utils.random_state(generator),
+        )
 
-        with utils.Epoch(
-            run, name, train_batches, learning_rate, args.report_freq, args.epochs - epoch
-        ) as progress:
-            net.train()
-            meter = train_epoch(averaged, train_batches, optimizer, args, progress)
-            distributed.average_statistics(net)
-            row["train_loss"], row["train_accuracy"] = meter.read()
-            loss, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
-            is_best = accuracies[0] > best
-            best = max(best, accuracies[0])
-            row.update(test_loss=loss, **named(accuracies), best_accuracy=best)
-
-            row.update(parameters=parameters, multiply_adds=multiply_adds)
-            row["seconds"] = time.time() - began
-            row["peak_memory_gib"] = utils.peak_memory(device)
-            run.log(utils.table_row(columns, [
-                name, f"{learning_rate:.4f}",
-                f"{row['train_loss']:.3f}", f"{row['train_accuracy']:.2f} %",
-                f"{loss:.3f}", *(f"{value:.2f} %" for value in [*accuracies, best]),
-                f"{row['peak_memory_gib']:.2f} GiB", utils.duration(row["seconds"]),
-                utils.duration(row["seconds"] * (args.epochs - epoch)),
-            ]))  # fmt: skip
-            run.append("metrics.jsonl", row)
-            run.show(row)
-            if is_best:
-                run.save_network("network-best.pt", net, args, row)
-            run.save_checkpoint({
-                "kind": "train", "version": arguments.__version__, "args": runs.plain(args),
-                "epoch": epoch, "best": best, "row": row,
-                "network": net.config, "model": net.state_dict(),
-                "optimizer": optimizer.state_dict(), "random": utils.random_state(generator),
-            })  # fmt: skip
-
-    # --------------------------------------------------------------------------------------------
-    # What came out, and what to do with it
-    # --------------------------------------------------------------------------------------------
-    _, *accuracies = utils.evaluate(net, test_batches, args.amp, top5)
-    run.save_network("network.pt", net, args, dict(epoch=epoch, **named(accuracies)))
-    run.draw()
-    run.log(f"test accuracy {accuracies[0]:.2f} % after the last epoch (network.pt), "
-            f"{best:.2f} % in the best one (network-best.pt)")  # fmt: skip
-    if top5:
-        run.log(f"top-5 accuracy {accuracies[1]:.2f} % after the last epoch")
-    run.log(f"genotype = {genotypes.from_lists(config['genotype'])}")
+    measured = utils.evaluate(net, test_batches, args.amp, top5)
+    run.save_network("network.pt", net, train, epoch=epoch, test_accuracy=measured[1])
+    run.draw(visualize.draw_run)
+    run.log(f"{told(measured)} after the last epoch (network.pt); test accuracy {best:.2f} % in "
+            "the best one (network-best.pt)")
     run.log("to measure the network again:")
     run.log(f"    python train.py --evaluate --weights {shlex.quote(run.file('network.pt'))}")
 
 
-def named(accuracies):
-    """What `utils.evaluate` has measured besides the loss, under its names in metrics.jsonl."""
-    return dict(zip(("test_accuracy", "test_top5_accuracy"), accuracies, strict=False))
+def train_epoch(net, parallel, batches, optimizer, args, progress):
+    """One epoch of SGD on the loss of the network and, with its weight, of the auxiliary head.
+
+    Parameters
+    ----------
+    parallel : nn.Module
+        The network as it is called where gradients are to be averaged over the ranks.
+
+    Returns
+    -------
+    dict
+        Loss and accuracy.
+    """
+    parameters = list(net.parameters())
+    meter = utils.Meter(parameters[0].device)
+
+    def step(x, y):
+        with utils.autocast(x.device, args.amp):
+            logits, logits_aux = parallel(x)
+        loss, total = utils.losses(logits, logits_aux, y, args)
+        optimizer.zero_grad()
+        total.backward()
+        clip_grad_norm_(parameters, args.grad_clip)
+        optimizer.step()
+        meter.add(loss, logits, y)
+
+    net.train()
+    step = fast.graphed(step, args.cuda_graphs)
+    for x, y in batches:
+        step(x, y)
+        progress.step(meter)
+    distributed.average_statistics(net)
+    return utils.named(meter.read(), "train")
 
 
 def scheduled(epoch, args):
@@ -284,43 +160,34 @@ def scheduled(epoch, args):
     return utils.cosine(epoch, args.epochs, args.learning_rate, args.learning_rate_min)
 
 
-def train_epoch(net, batches, optimizer, args, progress):
-    """One epoch of SGD on the loss of the network and, with its weight, of the auxiliary head.
+# ------------------------------------------------------------------------------------------------
+# What is trained, and what is said of it
+# ------------------------------------------------------------------------------------------------
 
-    Returns
-    -------
-    utils.Meter
-    """
-    parameters = list(net.parameters())
-    device = parameters[0].device
-    meter = utils.Meter(device)
-    for x, y in batches:
-        with utils.autocast(device, args.amp):
-            logits, logits_aux = net(x)
-        loss, total = utils.losses(
-            logits, logits_aux, y, args.auxiliary_weight, args.label_smoothing
+
+def load_images(run, device, config):
+    """Training and test images, for a network of that configuration."""
+    args = run.args
+    source = imagenet if args.dataset == "imagenet" else data
+    with distributed.rank_zero_first():
+        train, test = source.load(
+            args.dataset, args.data, args.image_size, device, args.workers, run.log
         )
-        optimizer.zero_grad()
-        total.backward()
-        clip_grad_norm_(parameters, args.grad_clip)
-        optimizer.step()
-        meter.add(loss, logits, y)
-        progress.step(meter)
-    return meter
-
-
-def cost(net, image_size):
-    """Parameters, and multiply-adds of an image; both without the auxiliary head.
-
-    Multiply-adds are those of convolutions and linear layers. They are counted on the meta device,
-    where nothing is computed: the counter does not know all that 1×1 convolutions call on a CPU.
-    """
-    parameters = sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
-    with torch.device("meta"):
-        twin, image = model.from_config(net.config).eval(), torch.empty(1, 3, *2 * [image_size])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(image)
-    return parameters, counter.get_total_flops() // 2  # a multiply-add is two operations
+    if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
+        raise utils.UserError(
+            f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
+            f"{len(test.classes)}: give its --dataset and --data"
+        )
+    if not args.evaluate:
+        if not run.checkpoint:
+            arguments.fit_to_data(
+                args, len(train), arguments.train_setting(vars(args)), distributed.world_size(),
+                run.log,
+            )
+        if device.type == "cpu":
+            run.log("there is no CUDA device: the published recipe takes weeks on a small CPU; "
+                    "fewer --init_channels, --layers and --epochs help")
+    return train, test
 
 
 def use_data_of(saved, args):
@@ -335,11 +202,9 @@ def use_data_of(saved, args):
     """
     known = {name: saved[name] for name in ("dataset", "data", "image_size") if name in saved}
     typed = {name: getattr(args, name) for name in args.typed}
-    vars(args).update({**published({**known, **typed}), **known, **typed})
-    try:
-        check(args)
-    except ValueError as error:
-        raise utils.UserError(error) from None
+    setting = arguments.train_setting({**known, **typed})
+    vars(args).update({**setting, **known, **typed})
+    arguments.check_train(args)
 
 
 def network_config(args, source):
@@ -350,7 +215,7 @@ def network_config(args, source):
     args : argparse.Namespace
         Its init_channels, layers and auxiliary are set to those of the network.
     source : dict or None
-        What `runs.resume` or `read_weights` found.
+        What `checkpoints.read_weights` found, or the checkpoint of a resumed run.
 
     Returns
     -------
@@ -362,7 +227,7 @@ def network_config(args, source):
     utils.UserError
         If a typed flag contradicts the file.
     """
-    config = dict(source["network"]) if source else {}
+    config = dict(source["config"]) if source else {}
     if args.arch and not args.resume:  # a resumed run has its genotype in the checkpoint
         genotype, one_stage = genotypes.load(args.arch)
         named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)
@@ -395,70 +260,38 @@ def network_config(args, source):
     return config
 
 
-# ------------------------------------------------------------------------------------------------
-# Weights from files
-# ------------------------------------------------------------------------------------------------
+def cost(net, image_size):
+    """Parameters, and multiply-adds of an image; both without the auxiliary head.
 
-
-def read_weights(path):
-    """Read network weights from a network.pt, a checkpoint.pt or a plain state dict.
-
-    Returns
-    -------
-    dict
-        `model`: the state dict; `network`: what `model.from_config` needs, without genotype where
-        the file does not know it; `args`: arguments of the run, or none.
-
-    Raises
-    ------
-    utils.UserError
-        If the file is damaged or holds something else.
+    Multiply-adds are those of convolutions and linear layers, counted on the meta device, where
+    nothing is computed.
     """
-    state = runs.load_checkpoint(path)
-    if not isinstance(state, dict):
-        raise utils.UserError(f"{path} holds no network weights")
-    if state.get("kind") == "search":
-        raise utils.UserError(
-            f"{path} is the checkpoint of a search, whose supernet is not for evaluation: give "
-            "the network.pt of a finished one-stage search, or train its genotype.json"
-        )
-    if "network" in state and "model" in state:
-        return state
-    weights = {
-        name.removeprefix("module."): value  # the name DataParallel gives it
-        for name, value in state.get("state_dict", state).items()
+    parameters = sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
+    with torch.device("meta"):
+        twin, image = model.from_config(net.config).eval(), torch.empty(1, 3, *2 * [image_size])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(image)
+    return parameters, counter.get_total_flops() // 2  # a multiply-add is two operations
+
+
+def columns(top5):
+    """Columns of the log's table, as `runs.Run.begin` takes them."""
+    return {
+        "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
+        "train acc": "{train_accuracy:.2f} %", "test loss": "{test_loss:.3f}",
+        "test acc": "{test_accuracy:.2f} %",
+        **({"test top-5": "{test_top5_accuracy:.2f} %"} if top5 else {}),
+        "best acc": "{best_accuracy:.2f} %",
     }
-    try:
-        network = model.shape_of(weights)
-        about = {"dataset": "imagenet"} if network["imagenet"] else {}
-        return {"model": weights, "network": network, "args": about}
-    except (KeyError, AttributeError, IndexError, ValueError):
-        raise utils.UserError(f"{path} holds no weights of a DARTS network") from None
 
 
-def load_weights(net, weights, path):
-    """Load a state dict into a network; an auxiliary head that only one of them has is left out.
-
-    Raises
-    ------
-    utils.UserError
-        If the weights are those of another network.
-    """
-    if not net.auxiliary:
-        weights = {k: v for k, v in weights.items() if not k.startswith("auxiliary_head.")}
-    try:
-        missing, unexpected = net.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # shapes that differ
-        missing, unexpected = [], [" ".join(str(error).splitlines()[1:2]).strip()]
-    missing = [k for k in missing if not k.startswith("auxiliary_head.")]
-    if missing or unexpected:
-        what = f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}"
-        raise utils.UserError(
-            f"{path} does not fit the network: {what}; give the --arch that it was trained with, "
-            "and --one_stage or --no-one_stage"
-        )
+def told(measured):
+    """Loss, accuracy and maybe top-5 accuracy, in words."""
+    _, accuracy, *top5 = measured
+    text = f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %"
+    return text + "".join(f", top-5 accuracy {value:.2f} %" for value in top5)
 
 
 if __name__ == "__main__":
-    with utils.command("train.py"):
-        main(args)
+    with runs.command("train.py"):
+        main(arguments.get_train_parser(__doc__).parse_args())

@@ -1,11 +1,10 @@
-"""What both scripts need around their loops: how they end, devices, random states, meters."""
+"""What both scripts need around their loops: device, seeds, schedules, meter, progress."""
 
 import contextlib
 import functools
 import math
+import os
 import random
-import shlex
-import signal
 import sys
 import time
 
@@ -14,83 +13,54 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import arguments
-import data
 import distributed
-import ista
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend; shown as one line, without a traceback."""
+    """Something the person at the keyboard can fix; shown as one line, without a traceback."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))  # file names may hold line breaks
 
 
 # ------------------------------------------------------------------------------------------------
-# How a script ends
+# Files
 # ------------------------------------------------------------------------------------------------
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM, raised where nothing is half done."""
-
-
-class _Signals:
-    """SIGINT and SIGTERM. Once a run's epochs have begun, they wait for the end of the step."""
-
-    run = None  # the Run whose epochs have begun
-    waiting = None  # the signal that came during a step
-
-    def __call__(self, signum, frame):
-        if self.run is None or self.waiting:
-            raise Interrupted(signum)
-        self.waiting = signum
-
-    def check(self):
-        if self.waiting:
-            raise Interrupted(self.waiting)
-
-
-signals = _Signals()
 
 
 @contextlib.contextmanager
-def command(prog):
-    """Run a script's main: errors that a person can mend end in one line and exit status 2.
-
-    SIGINT and SIGTERM end in exit status 130 and 143.
-    """
-    distributed.start()  # before signals wait: one that comes while it does should end it
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signals)
+def writing(path):
+    """Name the path when a file or folder cannot be written."""
     try:
         yield
-        signals.check()
-        distributed.stop()
-    except (UserError, data.DataError, ista.SolverUnavailable) as error:
-        arguments.fail(prog, error)
-    except distributed.Ended:
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        arguments.fail(prog, "the device has too little memory: give a smaller --batch_size")
-    except Interrupted as interrupt:
-        _stop(prog, interrupt.args[0])
-    except RuntimeError as error:
-        if not distributed.is_loss(error):
-            raise
-        if signals.waiting:  # it came to all, and another process was a step ahead
-            _stop(prog, signals.waiting)
-        hint = signals.run.how_to_resume() if signals.run else "see what it says, and start again"
-        reason = str(error).splitlines()[0]
-        print(f"{prog}: error: another process of this run has ended; {hint} ({reason})",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
 
 
-def _stop(prog, signum):
-    if signals.run:
-        signals.run.log(f"stopped; {signals.run.how_to_resume()}")
-    if distributed.rank() == 0:
-        print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
-    sys.exit(128 + signum)
+@contextlib.contextmanager
+def replacing(path):
+    """Open a temporary binary file that takes the place of `path` once it is whole on the disk.
+
+    So at every moment there is a whole file of that name, the old one or the new one.
+    """
+    partial = f"{path}.partial"
+    try:
+        with writing(path):
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,13 +86,13 @@ def choose_device(name, amp=False):
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and distributed.processes() > 1:
+    if name.startswith("cuda") and distributed.world_size() > 1:
         devices, ranks = torch.cuda.device_count(), distributed.local_world_size()
         if name != "cuda":
             raise UserError(f"--device {name}: each rank takes a device of its own: give cuda")
         if 0 < devices < ranks:
             raise UserError(f"{ranks} ranks on a machine with {devices} CUDA devices: give "
-                            f"torchrun --nproc_per_node={devices}, or --device cpu")  # fmt: skip
+                            f"torchrun --nproc_per_node={devices}, or --device cpu")
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
@@ -142,20 +112,42 @@ def choose_device(name, amp=False):
         # Emulated, bfloat16 is some 40 times the kernels of a step.
         if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating "
-                            "it is slower than float32: leave it out")  # fmt: skip
+                            "it is slower than float32: leave it out")
         torch.backends.cudnn.benchmark = True  # a run has few shapes, each of them many times
     return device
 
 
-def seed_everything(seed):
-    """Seed Python's, numpy's and torch's generators, those of all CUDA devices included."""
+def is_usable(name):
+    """Whether there is such a device here, as `choose_device` finds."""
+    try:
+        choose_device(name)
+    except UserError:
+        return False
+    return True
+
+
+def seed_everything(seed, device):
+    """Seed Python's, numpy's and torch's generators, and one for the order of the images.
+
+    Parameters
+    ----------
+    seed : int
+        Of 64 bits at most.
+    device : torch.device
+
+    Returns
+    -------
+    torch.Generator
+        On the device, for data order and augmentation; alike on all ranks.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed)
 
 
 def seed_drop_path(seed):
-    """Have each process drop other paths, once all have made the same network."""
+    """Have each rank drop other paths, once all have made the same network."""
     if distributed.rank() > 0:
         torch.manual_seed(seed + distributed.rank())
 
@@ -171,7 +163,7 @@ def random_state(generator):
     Returns
     -------
     list of dict
-        One for each process.
+        One for each rank.
     """
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return distributed.gather({
@@ -181,10 +173,10 @@ def random_state(generator):
         "cuda": torch.cuda.get_rng_state(generator.device) if generator.device.type == "cuda"
         else None,
         "data": generator.get_state(),
-    })  # fmt: skip
+    })
 
 
-def set_random_state(states, generator, seed, epoch):
+def set_random_state(states, generator, seed, epoch, log):
     """Put all random generators back into the states of `random_state`.
 
     A generator of one kind of device cannot take the state of one of another kind. On another kind
@@ -193,10 +185,15 @@ def set_random_state(states, generator, seed, epoch):
     Ranks that were not there then keep their own generators, but for that of the data, which is
     common to all.
 
-    Returns
-    -------
-    list of str
-        What there is to say of it.
+    Parameters
+    ----------
+    states : list of dict
+    generator : torch.Generator
+        That of the data order and augmentation.
+    seed, epoch : int
+        Of the run.
+    log : callable
+        Takes a line.
     """
     rank, on_cuda = distributed.rank(), generator.device.type == "cuda"
     state = states[rank] if rank < len(states) else None
@@ -209,15 +206,14 @@ def set_random_state(states, generator, seed, epoch):
         generator.manual_seed(seed)
         torch.manual_seed(seed + rank)
         before = "the CPU" if on_cuda else "CUDA"
-        return [f"the run was on {before}, whose random numbers cannot be continued here: from "
-                f"epoch {epoch + 1} on, the order of the images, augmentation and drop-path are "
-                "drawn anew"]  # fmt: skip
+        log(f"the run was on {before}, whose random numbers cannot be continued here: from epoch "
+            f"{epoch + 1} on, the order of the images, augmentation and drop-path are drawn anew")
+        return
     generator.set_state(states[0]["data"])
     if state:
         torch.set_rng_state(state["torch"])
         if on_cuda:
             torch.cuda.set_rng_state(state["cuda"], generator.device)
-    return []
 
 
 def memory_format(device, amp):
@@ -240,20 +236,23 @@ def peak_memory(device):
     """Peak memory in GiB: of the tensors on a CUDA device, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # there is none on Windows
-
+    if resource is None:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # ------------------------------------------------------------------------------------------------
-# Schedule, meters, progress
+# Schedules and optimizers
 # ------------------------------------------------------------------------------------------------
 
 
 def cosine(epoch, epochs, high, low):
     """Learning rate of an epoch, counted from 0: low + (high − low)(1 + cos(π·epoch/epochs))/2."""
     return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+WARM_UP = 5  # epochs
 
 
 def warm_up_linear(epoch, epochs, high):
@@ -284,8 +283,32 @@ def forget(optimizer, parameters):
         optimizer.state.pop(p, None)
 
 
+# ------------------------------------------------------------------------------------------------
+# Losses, meter, evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def losses(logits, logits_aux, labels, args):
+    """Cross-entropy, and its sum with that of the auxiliary head (if any) times its weight.
+
+    Parameters
+    ----------
+    logits, logits_aux : tensors (B, classes); the second may be None
+    labels : int64 tensor (B,)
+    args : argparse.Namespace
+        With label_smoothing and auxiliary_weight.
+    """
+    cross_entropy = functools.partial(F.cross_entropy, label_smoothing=args.label_smoothing)
+    loss = cross_entropy(logits.float(), labels)
+    if logits_aux is None:
+        return loss, loss
+    return loss, loss + args.auxiliary_weight * cross_entropy(logits_aux.float(), labels)
+
+
 class Meter:
     """Mean loss and accuracy of an epoch, added up on the device and read only when asked for.
+
+    Adding changes tensors in place and nothing else, so that a CUDA graph can repeat it.
 
     Parameters
     ----------
@@ -295,153 +318,47 @@ class Meter:
     """
 
     def __init__(self, device, top5=False):
-        # loss, images, correct, correct among 5
-        self.sums = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-        self.batches = 0
+        # batches, images, loss, correct, correct among 5
+        self.sums = torch.zeros(4 + top5, dtype=torch.float64, device=device)
         self.first_bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+        self.top5 = top5
 
     def add(self, loss, logits, labels):
-        """Add a batch: its mean loss (0-dim tensor), logits (batch, classes), labels (batch,)."""
-        self.batches += 1
-        loss, n = loss.detach().double(), len(labels)
-        correct = [(logits.detach().argmax(1) == labels).sum()]
-        if len(self.sums) > 3:
-            correct.append((logits.detach().topk(5).indices == labels[:, None]).sum())
-        self.sums += torch.stack([loss * n, labels.new_full((), n), *correct])
-        bad = torch.where(loss.isfinite(), torch.inf, float(self.batches))
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        """Add a batch: its mean loss (0-dim tensor), logits (B, classes), labels (B,)."""
+        loss, logits, images = loss.detach().double(), logits.detach(), len(labels)
+        correct = [(logits.argmax(1) == labels).sum()]
+        if self.top5:
+            correct.append((logits.topk(5).indices == labels[:, None]).sum())
+        counts = [loss.new_full((), 1), loss.new_full((), images)]
+        self.sums += torch.stack([*counts, images * loss, *correct])
+        bad = torch.where(loss.isfinite(), torch.inf, self.sums[0])
+        torch.minimum(self.first_bad, bad, out=self.first_bad)
 
     def read(self):
-        """Mean loss, accuracy in percent and, if counted, top-5 accuracy, over all processes.
+        """Mean loss, accuracy in percent and, if counted, top-5 accuracy; over all ranks.
 
-        Waits for the device, and for the processes.
+        A host sync.
 
         Raises
         ------
         Diverged
             With the number of the first batch (from 1) whose loss was not finite.
         """
-        loss, n, *correct = distributed.reduce(self.sums).tolist()
+        _, images, loss, *correct = distributed.reduce(self.sums).tolist()
         first_bad = distributed.reduce(self.first_bad, distributed.MIN).item()
         if math.isfinite(first_bad):
             raise Diverged(int(first_bad))
-        return loss / n, *(100 * count / n for count in correct)
+        return loss / images, *(100 * count / images for count in correct)
+
+
+def named(measured, what):
+    """What a meter has read, under its names in metrics.jsonl: "train_loss", say."""
+    names = (f"{what}_loss", f"{what}_accuracy", f"{what}_top5_accuracy")
+    return dict(zip(names, measured, strict=False))
 
 
 class Diverged(Exception):
     """A loss was not finite."""
-
-
-BAR = "{desc} {percentage:3.0f} %|{bar:20}| {n_fmt}/{total_fmt} steps{postfix}"
-
-
-class Epoch:
-    """An epoch in progress: a bar on a terminal, else a line every `report_freq` steps.
-
-    While one is entered, a signal waits for the end of the step, or for that of the checkpoint. A
-    loss that is not finite ends the run, and the last checkpoint stands.
-
-    Parameters
-    ----------
-    run : Run
-    name : str
-        As in "3/50".
-    batches : data.Batches
-        What the steps go through.
-    learning_rate : float
-        For the message of a run that diverges.
-    report_freq : int
-    epochs_left : int
-        Epochs of the run after this one.
-    """
-
-    def __init__(self, run, name, batches, learning_rate, report_freq, epochs_left):
-        self.run, self.label, self.learning_rate = run, f"epoch {name}", learning_rate
-        self.total, self.report_freq = len(batches), report_freq
-        self.images_per_step = distributed.processes() * batches.batch_size
-        self.epochs_left = epochs_left
-        self.steps = 0
-        self.began = time.time()
-        self.bar = tqdm(
-            total=self.total, desc=self.label, leave=False, file=sys.stdout,
-            disable=distributed.rank() > 0 or not sys.stdout.isatty(), dynamic_ncols=True,
-            bar_format=BAR,
-        )  # fmt: skip
-
-    def __enter__(self):
-        signals.run = self.run
-        return self
-
-    def __exit__(self, kind, error, _):
-        self.bar.close()
-        if kind is Diverged and distributed.rank() > 0:
-            raise distributed.Ended from None
-        if kind is Diverged:
-            raise UserError(
-                f"{self.label}, step {error}: the loss is not finite at learning rate "
-                f"{self.learning_rate:.4g}; try a smaller --learning_rate or --grad_clip in a new "
-                f"run; {self.run.how_to_resume()}"
-            ) from None
-        if kind in (None, data.DataError):  # the signal may have ended the readers of data too
-            signals.check()
-
-    def step(self, meter):
-        """Count a step; `meter` is read every `report_freq` steps."""
-        self.steps += 1
-        self.bar.update()
-        if self.steps % self.report_freq == 0 and self.steps < self.total:
-            loss, accuracy = meter.read()
-            pace = (time.time() - self.began) / self.steps
-            left = pace * (self.total - self.steps)
-            report = (
-                f"loss {loss:.3f}, accuracy {accuracy:.2f} %, "
-                f"{self.images_per_step / pace:.0f} images/s, {duration(left)} left, of the run "
-                f"{duration(left + pace * self.total * self.epochs_left)}"
-            )
-            self.bar.set_postfix_str(report)
-            if self.bar.disable:
-                self.run.log(f"    {self.label}, step {self.steps}/{self.total}: {report}")
-        if self.steps == self.total:
-            self.bar.close()
-        signals.check()
-
-
-def fit_to_data(args, images):
-    """Make an untyped --batch_size fit so many images; return what there is to say of the data."""
-    notes = []
-    processes = distributed.processes()
-    if "batch_size" not in args.typed:  # the published one is that of all processes together
-        args.batch_size = max(args.batch_size // processes, 1)
-        share = images // processes
-        if args.batch_size > share > 1:
-            args.batch_size = share
-            notes.append(f"--batch_size is {share}, for there are no more images")
-    if processes > 1:
-        notes.append(f"{processes} processes with --batch_size {args.batch_size}: a step takes "
-                     f"{processes * args.batch_size} images")  # fmt: skip
-    if args.cutout and 2 * args.cutout_length > args.image_size:
-        notes.append(f"warning: cutout of {args.cutout_length} pixels takes most of an image of "
-                     f"{args.image_size}: give --cutout_length or --no-cutout")  # fmt: skip
-    return notes
-
-
-def data_flags(args):
-    """The flags by which another script reads the same data; empty for the default ones."""
-    flags = {"dataset": "cifar10", "data": "data", "image_size": 32}
-    return "".join(
-        f" --{name} {shlex.quote(str(getattr(args, name)))}"
-        for name, default in flags.items()
-        if getattr(args, name) != default
-    )
-
-
-def losses(logits, logits_aux, labels, auxiliary_weight, label_smoothing=0.0):
-    """Cross-entropy, and its sum with that of the auxiliary head (if any) times its weight."""
-    cross_entropy = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
-    loss = cross_entropy(logits.float(), labels)
-    if logits_aux is None:
-        return loss, loss
-    return loss, loss + auxiliary_weight * cross_entropy(logits_aux.float(), labels)
 
 
 @torch.no_grad()
@@ -465,23 +382,69 @@ def evaluate(net, batches, amp=False, top5=False):
         with autocast(device, amp):
             logits, _ = net(x)
         meter.add(F.cross_entropy(logits.float(), y), logits, y)
-        signals.check()
     return meter.read()
 
 
-def table_row(columns, values=None):
-    """A line of a table.
+# ------------------------------------------------------------------------------------------------
+# Progress
+# ------------------------------------------------------------------------------------------------
+
+
+BAR = "{desc} {percentage:3.0f} %|{bar:20}| {n_fmt}/{total_fmt} steps{postfix}"
+
+
+class Progress:
+    """An epoch in progress: a bar on a terminal, else a line every `report_freq` steps.
 
     Parameters
     ----------
-    columns : list of str
-        Names of the columns.
-    values : list of str, optional
-        One text a column; without them, the line of the names.
+    label : str
+        As in "epoch 3/50".
+    steps : int
+        Of the epoch.
+    images_per_step : int
+        Of all ranks.
+    report_freq : int
+    epochs_left : int
+        Of the run, after this one.
+    log : callable
+        Takes a line.
     """
+
+    def __init__(self, label, steps, images_per_step, report_freq, epochs_left, log):
+        self.label, self.images_per_step, self.report_freq = label, images_per_step, report_freq
+        self.epochs_left, self.log, self.began = epochs_left, log, time.monotonic()
+        self.bar = tqdm(
+            total=steps, desc=label, leave=False, file=sys.stdout, bar_format=BAR,
+            disable=distributed.rank() > 0 or not sys.stdout.isatty(), dynamic_ncols=True,
+        )
+        self.steps, self.total = 0, steps
+
+    def step(self, meter):
+        """Count a step; `meter` is read every `report_freq` steps."""
+        self.steps += 1
+        self.bar.update()
+        if self.steps % self.report_freq == 0 and self.steps < self.total:
+            loss, accuracy = meter.read()
+            pace = (time.monotonic() - self.began) / self.steps
+            left = pace * (self.total - self.steps)
+            report = (
+                f"loss {loss:.3f}, accuracy {accuracy:.2f} %, "
+                f"{self.images_per_step / pace:.0f} images/s, {duration(left)} left, of the run "
+                f"{duration(left + pace * self.total * self.epochs_left)}"
+            )
+            self.bar.set_postfix_str(report)
+            if self.bar.disable:
+                self.log(f"    {self.label}, step {self.steps}/{self.total}: {report}")
+
+    def close(self):
+        self.bar.close()
+
+
+def table_row(texts, columns):
+    """A line of a table whose columns have these names."""
     widths = [max(11, len(name)) for name in columns]
-    texts = zip(values or columns, widths, strict=True)
-    return "  ".join(f"{text:>{width}}" for text, width in texts)
+    return "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
 
 
 def duration(seconds):

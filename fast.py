@@ -1,21 +1,145 @@
-"""Convolutions of the candidate operations, arranged for the CPU; on other devices torch's own.
+"""The same values sooner, on this device: delete this file and only speed is lost.
 
-    y = separable(x, depthwise, pointwise, norm, w)     # norm(pointwise(depthwise(x)), w)
-    y = pointwise(xs, weight)                           # a 1×1 convolution of cat(xs)
-    y = batch_norm(x, norm, w)                          # norm(x, w), in training
-    x_even, x_odd = diagonal(x)                         # every second pixel of x, from 0 and from 1
+    net = fast.accelerate(Network(16, 10, 8).to(device))
 
-The values are those of the layers, to rounding; what differs is the backward pass. oneDNN, which
-torch calls on a CPU, has kernels for all the convolutions here but not for all their gradients,
-and without one it is up to 30 times slower. All tensors are (batch, C, H, W) in channels-last
-memory, where a 1×1 convolution is a product of two matrices.
+`operations.py`, `model.py` and `model_search.py` say what is computed; `accelerate` says how. It
+gives the layers it knows a class of the same name from here, with the parameters, buffers and
+state-dict keys they have. Cells and networks are left alone, so an edited `forward` of theirs is
+what runs, and an operation that is not known stays as it is. All of it is exact, to rounding:
+
+* A tensor's ReLU is computed once for all operations that ask for it.
+* The weight w of an operation goes into the BatchNorm that ends it: w (γ x̂ + β) = (wγ) x̂ + wβ
+  takes no pass over the tensor.
+* On a CPU, oneDNN has kernels for all the convolutions here but not for all their gradients, and
+  without one it is up to 30 times slower: gradients are put together from kernels that it has.
+  All tensors are in channels-last memory there, where a 1×1 convolution is a product of matrices.
+* On CUDA a step is bound by its launches: BatchNorm gets a γ and a β in any case, for cuDNN's one
+  kernel instead of torch's three, and nothing counts batches.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
+
+import model_search
+import operations
+
+
+def accelerate(net):
+    """Have a network compute the same values sooner.
+
+    Parameters
+    ----------
+    net : nn.Module
+        A network of `model.py` or `model_search.py`; it is changed in place. Hooks on layers
+        inside an operation do not fire any more; those on operations and cells do.
+
+    Returns
+    -------
+    nn.Module
+        The same network.
+    """
+    for module in net.modules():
+        module.__class__ = FASTER.get(type(module), type(module))
+    return net
+
+
+def once(x, name, compute):
+    """compute(x), once for all that ask by this name: it is kept with the tensor x, and as long."""
+    if not hasattr(x, name):
+        setattr(x, name, compute(x))
+    return getattr(x, name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers and operations
+# ------------------------------------------------------------------------------------------------
+# `forward(x, w)` is w times what the layer computes, for a tensor w of one number.
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    def forward(self, x, w=None):
+        scale, shift = self.scale_and_shift(w)
+        if self.training:
+            return batch_norm(x, scale, shift, self)
+        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, eps=self.eps)
+
+    def scale_and_shift(self, w):
+        """wγ and wβ; None stands for ones and zeros, but on CUDA."""
+        scale, shift = self.weight, self.bias
+        if w is not None and self.affine and scale.requires_grad:
+            scale, shift = w * scale, w * shift
+        elif w is not None:  # where they do not train, the supernet holds γ = 1 and β = 0
+            scale, shift = once(w, f"_expanded_to_{self.num_features}", self._expand), None
+        if self.running_mean.is_cuda:
+            scale = once(self.running_mean, "_ones", torch.ones_like) if scale is None else scale
+            shift = once(self.running_mean, "_zeros", torch.zeros_like) if shift is None else shift
+        return scale, shift
+
+    def _expand(self, w):
+        # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
+        return w.expand(self.num_features).contiguous()
+
+
+class ReLUConvBN(operations.ReLUConvBN):
+    def forward(self, x, w=None):
+        _, conv, norm = self.op
+        x = once(x, "_relu", F.relu)
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+            return norm(pointwise(x, conv.weight), w)
+        return norm(conv(x), w)
+
+
+class SepConv(operations.SepConv):
+    def forward(self, x, w=None):
+        _, depthwise, point, norm, relu, *second = self.op
+        x = separable(once(x, "_relu", F.relu), depthwise, point, norm)
+        x = F.relu(x, inplace=True)  # BatchNorm's backward pass needs its input, not its output
+        return separable(x, *second, w)
+
+
+class DilConv(operations.DilConv):
+    def forward(self, x, w=None):
+        return separable(once(x, "_relu", F.relu), *self.op[1:], w)
+
+
+class FactorizedReduce(operations.FactorizedReduce):
+    def forward(self, x, w=None):
+        even, odd = diagonal(once(x, "_relu", F.relu))
+        halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
+        return self.bn(torch.cat(halves, dim=1), w)
+
+
+class Normed(operations.Normed):
+    def forward(self, x, w=None):
+        op, norm = self
+        return norm(op(x), w)
+
+
+class MixedOp(model_search.MixedOp):
+    def forward(self, x, op, w):
+        layer = self._ops[op]
+        return layer(x, w) if isinstance(layer, WEIGHTED) else w * layer(x)
+
+
+WEIGHTED = (ReLUConvBN, SepConv, DilConv, FactorizedReduce, Normed)
+FASTER = {
+    nn.BatchNorm2d: BatchNorm2d,
+    operations.ReLUConvBN: ReLUConvBN,
+    operations.SepConv: SepConv,
+    operations.DilConv: DilConv,
+    operations.FactorizedReduce: FactorizedReduce,
+    operations.Normed: Normed,
+    model_search.MixedOp: MixedOp,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Separable convolutions
+# ------------------------------------------------------------------------------------------------
 
 
 def separable(x, depthwise, pointwise, norm, w=None):
@@ -23,19 +147,17 @@ def separable(x, depthwise, pointwise, norm, w=None):
 
     Parameters
     ----------
-    x : tensor, (batch, C, H, W)
+    x : tensor, (B, C, H, W)
     depthwise : nn.Conv2d
         Of 3×3 or 5×5, groups = C, padded to leave the size as it is or, at stride 2, to halve it;
         dilation 1 or 2; no bias.
     pointwise : nn.Conv2d
         Of 1×1, stride 1; no bias.
-    norm : operations.BatchNorm2d
+    norm : BatchNorm2d
     w : tensor of one number, optional
     """
-    fast = x.is_cpu and norm.training and torch.is_grad_enabled()
-    if not fast or torch.is_autocast_enabled("cpu"):
+    if not (x.is_cpu and norm.training and torch.is_grad_enabled()) or _in_bfloat16():
         return norm(pointwise(depthwise(x)), w)
-    norm.num_batches_tracked.add_(1)
     return _Separable.apply(
         x, depthwise.weight, pointwise.weight, *norm.scale_and_shift(w),
         norm, depthwise.stride[0], depthwise.dilation[0],
@@ -65,6 +187,7 @@ class _Separable(torch.autograd.Function):
         if y is None:
             between = _depthwise(x, w_depth, stride, dilation)
             y = _pointwise(between, w_point)
+        g = _channels_last(g)  # a slice of the gradient of a concatenation, maybe
         g, g_scale, g_shift = _batch_norm_gradients(g, y, scale, mean, invstd, ctx.eps, need_norm)
         g_x = g_depth = g_point = None
         if need_point:
@@ -84,17 +207,16 @@ class _Separable(torch.autograd.Function):
 # short, and not whole cache lines, the threads write to the same ones: two are slower than one.
 
 
-def batch_norm(x, norm, w=None):
-    """norm(x, w) in training: BatchNorm with the statistics of the batch.
+def batch_norm(x, scale, shift, norm):
+    """BatchNorm with the statistics of the batch, and scale and shift for its γ and β.
 
     Parameters
     ----------
-    x : tensor, (batch, C, H, W)
-    norm : operations.BatchNorm2d
-    w : tensor of one number, optional
+    x : tensor, (B, C, H, W)
+    scale, shift : tensors, (C,), or None
+    norm : nn.BatchNorm2d
+        Whose running statistics move.
     """
-    norm.num_batches_tracked.add_(1)
-    scale, shift = norm.scale_and_shift(w)
     if x.is_cpu and _contended(x):
         return _BatchNorm.apply(x, scale, shift, norm)
     return F.batch_norm(
@@ -183,44 +305,39 @@ def _per_channel(v):
 # ------------------------------------------------------------------------------------------------
 
 
-def pointwise(xs, weight):
-    """1×1 convolution of cat(xs), without putting xs together.
+def pointwise(x, weight):
+    """1×1 convolution.
 
     Parameters
     ----------
-    xs : list of tensors, (batch, C_i, H, W)
-    weight : tensor, (C_out, sum of C_i, 1, 1)
+    x : tensor, (B, C, H, W)
+    weight : tensor, (C_out, C, 1, 1)
     """
-    if xs[0].is_cpu and not torch.is_autocast_enabled("cpu"):
-        return _Pointwise.apply(weight, *xs)
-    return F.conv2d(torch.cat(xs, dim=1) if len(xs) > 1 else xs[0], weight)
+    if x.is_cpu and not _in_bfloat16():
+        return _Pointwise.apply(x, weight)
+    return F.conv2d(x, weight)
 
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, *xs):
-        ctx.sizes = [x.shape[1] for x in xs]
-        ctx.save_for_backward(weight, *(xs if ctx.needs_input_grad[0] else ()))
-        batch, _, height, width = xs[0].shape
-        x, *more = map(_pixels, xs)
-        w, *more_w = weight.flatten(1).T.split(ctx.sizes)
-        y = x @ w
-        for x, w in zip(more, more_w, strict=True):
-            y.addmm_(x, w)
-        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
+        return _pointwise(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
-        weight, *xs = ctx.saved_tensors
-        g_weight = None
+        weight, x = ctx.saved_tensors
+        g_x = g_weight = None
         if ctx.needs_input_grad[0]:
-            g_weight = torch.cat([_pixels(g).T @ _pixels(x) for x in xs], dim=1).view_as(weight)
-        wanted = ctx.needs_input_grad[1:]
-        parts = weight.split(ctx.sizes, dim=1)
-        return g_weight, *(
-            _pointwise(g, part.transpose(0, 1)) if want else None
-            for part, want in zip(parts, wanted, strict=True)
-        )
+            g_x = _pointwise(g, weight.transpose(0, 1))
+        if ctx.needs_input_grad[1]:
+            g_weight = (_pixels(g).T @ _pixels(x)).view_as(weight)
+        return g_x, g_weight
+
+
+def _in_bfloat16():
+    return torch.is_autocast_enabled("cpu")
 
 
 def _pointwise(x, weight):
@@ -309,11 +426,6 @@ def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors taken apart and put together, with gradients that are contiguous in memory
-# ------------------------------------------------------------------------------------------------
-
-
 def diagonal(x):
     """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2]."""
     return _Diagonal.apply(x)
@@ -337,26 +449,51 @@ class _Diagonal(torch.autograd.Function):
         return g
 
 
-def concatenate(xs):
-    """torch.cat(xs, dim=1)."""
-    return _Concatenate.apply(*xs)
-
-
-class _Concatenate(torch.autograd.Function):
-    """The gradients are contiguous, without which BatchNorm's backward pass is far slower."""
-
-    @staticmethod
-    def forward(ctx, *xs):
-        ctx.sizes = [x.shape[1] for x in xs]
-        return torch.cat(xs, dim=1)
-
-    @staticmethod
-    def backward(ctx, g):
-        layout = _layout(g)
-        return tuple(part.contiguous(memory_format=layout) for part in g.split(ctx.sizes, dim=1))
-
-
 def _layout(x):
     """The memory format of x, which on CUDA may also be NCHW."""
     is_nchw = x.is_cuda and x.is_contiguous()
     return torch.contiguous_format if is_nchw else torch.channels_last
+
+
+# ------------------------------------------------------------------------------------------------
+# CUDA graphs
+# ------------------------------------------------------------------------------------------------
+
+
+def graphed(step, enabled):
+    """A step that is recorded as a CUDA graph in its second call, and replayed from then on.
+
+    Parameters
+    ----------
+    step : callable
+        Takes tensors, returns nothing, and asks the device for no value.
+    enabled : bool
+
+    Returns
+    -------
+    callable
+        The step itself where graphs are not wanted.
+    """
+    return Graphed(step) if enabled else step
+
+
+class Graphed:
+    def __init__(self, step):
+        self.step, self.graph, self.inputs, self.calls = step, None, None, 0
+
+    def __call__(self, *batch):
+        self.calls += 1
+        if self.calls == 1:  # makes what later steps change in place: momenta, constants
+            self.inputs = [x.clone() for x in batch]
+            self.step(*batch)
+            return
+        if any(x.shape != own.shape for x, own in zip(batch, self.inputs, strict=True)):
+            self.step(*batch)  # the last batch of an epoch
+            return
+        for own, x in zip(self.inputs, batch, strict=True):
+            own.copy_(x)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step(*self.inputs)
+        self.graph.replay()
