@@ -20,7 +20,7 @@ import distributed
 import ista
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the person at the keyboard can mend; shown as one line, without a traceback."""
 
 
