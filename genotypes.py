@@ -16,6 +16,8 @@ import re
 import warnings
 from collections import namedtuple
 
+from utils import UserError
+
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 PRIMITIVES = [
@@ -51,7 +53,7 @@ ISTA_twostage = Genotype(
         ("dil_conv_5x5", 4), ("sep_conv_5x5", 1),
     ],
     reduce_concat=range(2, 6),
-)  # fmt: skip
+)
 
 ISTA_onestage = Genotype(
     normal=[
@@ -68,7 +70,7 @@ ISTA_onestage = Genotype(
         ("max_pool_3x3", 0), ("dil_conv_5x5", 2),
     ],
     reduce_concat=range(2, 6),
-)  # fmt: skip
+)
 
 ISTA_ImageNet = Genotype(
     normal=[
@@ -85,7 +87,7 @@ ISTA_ImageNet = Genotype(
         ("sep_conv_3x3", 2), ("skip_connect", 3),
     ],
     reduce_concat=range(2, 6),
-)  # fmt: skip
+)
 
 NAMED = {
     "ISTA_twostage": (ISTA_twostage, False),
@@ -105,11 +107,14 @@ def load(spec):
     Parameters
     ----------
     spec : str or path
-        A published name (`ISTA_twostage`, `ISTA_onestage`, `ISTA_ImageNet`), `random:SEED` for a
-        cell drawn uniformly from the search space, the path of a `genotype.json` or of the run
-        folder that holds one, or the printed
-        form `Genotype(normal=[('sep_conv_3x3', 0), ...], ...)`, of which everything before
-        `Genotype(` is ignored, so that a line of a log or of a `genotypes.py` will do.
+        - a published name: `ISTA_twostage`, `ISTA_onestage` or `ISTA_ImageNet`;
+        - `random:SEED` for cells drawn uniformly from the search space, `random:SEED:distinct` for
+          cells whose nodes have two different input nodes (see `draw`);
+        - the path of a `genotype.json`, or of the run folder that holds one. It needs normal,
+          normal_concat, reduce and reduce_concat; a file without one_stage is one of two-stage
+          search;
+        - the printed form `Genotype(normal=[('sep_conv_3x3', 0), ...], ...)`. Everything before
+          `Genotype(` is ignored, so a line of a log or of DARTS' `genotypes.py` will do.
 
     Returns
     -------
@@ -121,7 +126,7 @@ def load(spec):
 
     Raises
     ------
-    ValueError
+    UserError
         With one line that says what is wrong; also when the text is not a genotype of 4 nodes
         over `PRIMITIVES`.
     """
@@ -129,18 +134,21 @@ def load(spec):
     if spec in NAMED:
         return NAMED[spec]
     if spec.startswith("random:"):
-        if not re.fullmatch(r"random:\d{1,9}", spec):
-            raise ValueError(f"{spec!r}: expected random:SEED with a whole number, as in random:3")
-        return draw(int(spec.removeprefix("random:"))), False
+        parts = re.fullmatch(r"random:([0-9]{1,9})(:distinct)?", spec)
+        if not parts:
+            raise UserError(f"{_short(spec)}: expected random:SEED or random:SEED:distinct with a "
+                            "whole number, as in random:3")
+        return draw(int(parts[1]), distinct_edges=bool(parts[2])), False
     if "Genotype(" in spec:
         return _check(_parse(spec)), False
     if os.path.isdir(spec):
         return _read(os.path.join(spec, "genotype.json"))
     if spec.endswith(".json") or os.path.exists(spec):
         return _read(spec)
-    raise ValueError(
-        f"unknown genotype {_short(spec)}: give one of {', '.join(NAMED)}, random:SEED, the path "
-        "of a genotype.json, or a text 'Genotype(normal=[...], ...)'"
+    raise UserError(
+        f"unknown genotype {_short(spec)}: give one of {', '.join(NAMED)}, random:SEED, "
+        "random:SEED:distinct, the path of a genotype.json or of a run folder, or a text "
+        "'Genotype(normal=[...], ...)'"
     )
 
 
@@ -178,70 +186,91 @@ def as_lists(genotype):
 
 
 def from_lists(record):
-    """The Genotype of a dict as `as_lists` makes it; ValueError where it is none."""
+    """The Genotype of a dict as `as_lists` makes it; UserError where it is none."""
     return _check(Genotype(**{key: record[key] for key in Genotype._fields}))
 
 
-def draw(seed):
-    """Draw a cell uniformly from the search space: 2 distinct (edge, operation) pairs a node.
+def has_distinct_edges(genotype):
+    """Whether the pairs of every node have different input nodes, as all DARTS cells do.
+
+    Where two pairs of a node share an edge, the node adds up two operations on the same input.
+    """
+    for pairs in (genotype.normal, genotype.reduce):
+        per_node = len(pairs) // NODES
+        for start in range(0, len(pairs), per_node):
+            if len({source for _, source in pairs[start : start + per_node]}) < per_node:
+                return False
+    return True
+
+
+def draw(seed, distinct_edges=False):
+    """Draw a genotype uniformly from the search space, with 2 pairs a node.
 
     Parameters
     ----------
     seed : int
         The same seed gives the same genotype on every machine.
+    distinct_edges : bool
+        Whether to draw among the genotypes whose nodes have two different input nodes. About 6 %
+        of all cells are such.
 
     Returns
     -------
     Genotype
+        Of each node its pairs by input node, then by operation.
     """
     rng = random.Random(seed)
+    n = len(PRIMITIVES)
+
+    def node_pairs(inputs):
+        if distinct_edges:
+            return [(rng.choice(PRIMITIVES), k) for k in sorted(rng.sample(range(inputs), 2))]
+        return [(PRIMITIVES[k % n], k // n) for k in sorted(rng.sample(range(n * inputs), 2))]
 
     def cell():
-        n = len(PRIMITIVES)
-        picks = [sorted(rng.sample(range(n * (node + 2)), 2)) for node in range(NODES)]
-        return [(PRIMITIVES[k % n], k // n) for pick in picks for k in pick]
+        return [pair for node in range(NODES) for pair in node_pairs(node + 2)]
 
     return Genotype(cell(), range(2, 2 + NODES), cell(), range(2, 2 + NODES))
 
 
 def _read(path):
     try:
-        with open(path) as file:
-            record = json.loads(file.read(LONGEST_TEXT))
+        with open(path, encoding="utf-8-sig") as file:  # some editors put a byte-order mark first
+            record = {"one_stage": False, **json.loads(file.read(LONGEST_TEXT))}
         one_stage = record["one_stage"]
         record = {key: record[key] for key in Genotype._fields}
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(
+        raise UserError(
             f"{path}: not a genotype.json (damaged, or another kind of file); search.py writes "
             "them, and genotypes.jsonl of the same run folder holds every epoch's"
         ) from None
     if not isinstance(one_stage, bool):
-        raise ValueError(f"{path}: one_stage must be true or false")
+        raise UserError(f"{path}: one_stage must be true or false")
     try:
         return from_lists(record), one_stage
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _parse(text):
     """The Genotype of a printed text, by its syntax tree: nothing in the text is executed."""
     start, end = text.find("Genotype("), text.rfind(")")
     if end - start > LONGEST_TEXT:
-        raise ValueError("genotype text: far too long to be one")
+        raise UserError("genotype text: far too long to be one")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's remarks on the style of the text
             call = ast.parse(text[start : end + 1], mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ValueError(f"malformed genotype text {_short(text)}") from None
+        raise UserError(f"malformed genotype text {_short(text)}") from None
     if not isinstance(call, ast.Call) or _name(call) != "Genotype":
-        raise ValueError(f"malformed genotype text {_short(text)}")
+        raise UserError(f"malformed genotype text {_short(text)}")
     fields = dict(zip(Genotype._fields, call.args, strict=False))
     fields.update((keyword.arg, keyword.value) for keyword in call.keywords)
     if len(fields) != len(call.args) + len(call.keywords) or set(fields) != set(Genotype._fields):
-        raise ValueError(f"genotype text must give {', '.join(Genotype._fields)}, each once")
+        raise UserError(f"genotype text must give {', '.join(Genotype._fields)}, each once")
     return Genotype(**{key: _literal(node) for key, node in fields.items()})
 
 
@@ -260,7 +289,7 @@ def _literal(node):
             args=[ast.Constant(value=int() as a), ast.Constant(value=int() as b)], keywords=[]
         ) if _name(node) == "range" and 0 <= a <= b <= 2 + NODES:
             return list(range(a, b))
-    raise ValueError("malformed genotype text: only lists, tuples, strings, numbers and ranges")
+    raise UserError("malformed genotype text: only lists, tuples, strings, numbers and ranges")
 
 
 def _name(call):
@@ -270,40 +299,40 @@ def _name(call):
 
 
 def _check(genotype):
-    """The genotype with its pairs as tuples, or ValueError where it is not one of our cells."""
+    """The genotype with its pairs as tuples, or UserError where it is not one of our cells."""
     cells = {}
     for cell in ("normal", "reduce"):
         pairs, concat = getattr(genotype, cell), getattr(genotype, f"{cell}_concat")
         if not isinstance(pairs, list | tuple) or not pairs or len(pairs) % NODES:
-            raise ValueError(f"{cell} must list as many pairs for each of the {NODES} nodes")
+            raise UserError(f"{cell} must list as many pairs for each of the {NODES} nodes")
         for k, pair in enumerate(pairs):
             node = k // (len(pairs) // NODES)
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise ValueError(f"{cell}: {_short(pair)} is not an (operation, node) pair")
+                raise UserError(f"{cell}: {_short(pair)} is not an (operation, node) pair")
             operation, source = pair
             if operation not in PRIMITIVES:
-                raise ValueError(
+                raise UserError(
                     f"{cell}: there is no operation {_short(operation)}; "
                     f"there are {', '.join(PRIMITIVES)}"
                 )
             if type(source) is not int or not 0 <= source < node + 2:
-                raise ValueError(
+                raise UserError(
                     f"{cell}: node {node + 2} cannot take its input from {_short(source)}, "
                     f"only from nodes 0 to {node + 1}"
                 )
         if not isinstance(concat, list | tuple | range) or not concat:
-            raise ValueError(f"{cell}_concat must list nodes")
+            raise UserError(f"{cell}_concat must list nodes")
         concat = list(concat)
         allowed = range(2, 2 + NODES)
         if any(type(n) is not int or n not in allowed for n in concat) or len(set(concat)) < len(
             concat
         ):
-            raise ValueError(f"{cell}_concat must hold nodes of 2 to {NODES + 1}, each once")
+            raise UserError(f"{cell}_concat must hold nodes of 2 to {NODES + 1}, each once")
         whole = range(concat[0], concat[-1] + 1)
         cells[cell] = [tuple(pair) for pair in pairs]
         cells[f"{cell}_concat"] = whole if list(whole) == concat else concat
     if len(cells["normal"]) != len(cells["reduce"]):
-        raise ValueError("normal and reduce must hold the same number of pairs")
+        raise UserError("normal and reduce must hold the same number of pairs")
     return Genotype(**cells)
 
 

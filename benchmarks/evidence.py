@@ -11,6 +11,7 @@ there and done is not run again, and what was interrupted goes on, so this can b
 started at will. The table goes to evidence.txt, its numbers to evidence.json, a picture to
 evidence.png.
 
+`--distinct_edges` searches, and draws random cells, with two different input nodes for each node.
 `--variants every_step="--recover_every 1" small_m="--proj_dims 4"` adds searches with those flags,
 as groups of their own. Accuracies are those of the last epoch on the test images, which no search
 has seen.
@@ -28,19 +29,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import arguments
+import genotypes
+import visualize
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-from scipy import stats  # noqa: E402
-
-import arguments  # noqa: E402
-import visualize  # noqa: E402
-
-SEARCH = "--init_channels 8 --layers 5 --batch_size 64 --epochs 15"
-TRAIN = ("--init_channels 8 --layers 5 --batch_size 64 --epochs 10 --no-auxiliary --no-cutout "
-         "--drop_path_prob 0")  # fmt: skip
+# The published learning rates are 0.1 for a batch of 256 (search) and 0.025 for one of 96
+# (training, one-stage search). These are for batches of 64, by the linear rule.
+SEARCH = "--init_channels 8 --layers 5 --batch_size 64 --learning_rate 0.025 --epochs 15"
+TRAIN = ("--init_channels 8 --layers 5 --batch_size 64 --learning_rate 0.0167 --epochs 10 "
+         "--no-auxiliary --no-cutout --drop_path_prob 0")
 ONE_STAGE = f"{TRAIN} --max_search_epochs 10"
+RANKABLE = 6  # cells: of fewer, a rank correlation says nothing
 DATA = {"dataset": "digits", "data": "data", "image_size": 32}
 
 
@@ -58,6 +65,8 @@ def get_args_parser():
     parser.add_argument("--search_flags", default=SEARCH, help="of every two-stage search")
     parser.add_argument("--train_flags", default=TRAIN, help="of every training")
     parser.add_argument("--one_stage_flags", default=ONE_STAGE, help="of every one-stage search")
+    parser.add_argument("--distinct_edges", action="store_true", default=False,
+                        help="searches and random cells have at most one pair an edge")
     for name, default in DATA.items():
         parser.add_argument(f"--{name}", default=default, help="as in search.py")
     parser.add_argument("--images", type=arguments.whole(1), nargs=2, metavar=("TRAIN", "TEST"),
@@ -80,9 +89,10 @@ def recall(args):
         return
     kept = json.loads(path.read_text())
     for name in args.typed:
-        if name not in FREE and kept[name] != flags[name]:
-            raise ValueError(f"--{name} {flags[name]} contradicts {path}, which has {kept[name]}: "
-                             "leave it out, or give another --save")  # fmt: skip
+        if name not in FREE and kept.get(name) != flags[name]:  # a flag may be newer than the file
+            raise ValueError(f"--{name} {flags[name]} contradicts {path}, which has "
+                             f"{kept.get(name)}: "
+                             "leave it out, or give another --save")
     vars(args).update(kept)
 
 
@@ -100,25 +110,33 @@ def variant(text):
 
 def cells(args):
     """What is trained: its group and seed, and the flags of its search or none."""
+    rule = " --distinct_edges" if args.distinct_edges else ""
     groups = [
         ("random", args.random, None),
-        ("searched", args.searches, args.search_flags),
-        ("one_stage", args.one_stage, f"--one_stage {args.one_stage_flags}"),
+        ("searched", args.searches, args.search_flags + rule),
+        ("one_stage", args.one_stage, f"--one_stage {args.one_stage_flags}{rule}"),
     ]
     for name, flags in args.variants:
-        groups.append((name, args.variant_searches, f"{args.search_flags} {flags}"))
+        groups.append((name, args.variant_searches, f"{args.search_flags}{rule} {flags}"))
     for seed in range(max(count for _, count, _ in groups)):  # by turns
         yield from ((group, seed, flags) for group, count, flags in groups if seed < count)
+
+
+def architecture(cell, args):
+    """Where the genotype of a cell is: as genotypes.load takes it."""
+    group, seed, search_flags = cell
+    if search_flags is None:
+        return f"random:{seed}" + ":distinct" * args.distinct_edges
+    return str(args.save / f"search-{group}-{seed}")
 
 
 def work_out(cell, args):
     """Search a cell where it is to be searched, and train it."""
     group, seed, search_flags = cell
-    arch = f"random:{seed}"
+    arch = architecture(cell, args)
     if search_flags is not None:
-        arch = args.save / f"search-{group}-{seed}"
-        finish("search.py", arch, f"{search_flags} --seed {seed}", args)
-    train_flags = f"{args.train_flags} --arch {shlex.quote(str(arch))}"
+        finish("search.py", Path(arch), f"{search_flags} --seed {seed}", args)
+    train_flags = f"{args.train_flags} --arch {shlex.quote(arch)}"
     finish("train.py", args.save / f"train-{group}-{seed}", train_flags, args)
 
 
@@ -165,20 +183,23 @@ def choose_images(args):
 def result(cell, args):
     """What is known of a cell: numbers of its training and, where it was searched, of that."""
     group, seed, search_flags = cell
+    arch = architecture(cell, args)
+    genotype, _ = genotypes.load(arch)
     last = visualize.read_run(str(args.save / f"train-{group}-{seed}")).metrics[-1]
     row = dict(group=group, seed=seed, accuracy=last["test_accuracy"],
-               parameters=last["parameters"], multiply_adds=last["multiply_adds"])  # fmt: skip
+               parameters=last["parameters"], multiply_adds=last["multiply_adds"],
+               genotype=genotypes.as_lists(genotype))
     if search_flags is not None:
-        search = visualize.read_run(str(args.save / f"search-{group}-{seed}"))
+        search = visualize.read_run(arch)
         held_out = "test" if search.one_stage else "valid"
         row |= dict(
             supernet=search.metrics[-1][f"{held_out}_accuracy"],
             changed=[epoch["changed"] for epoch in search.metrics],
-            skips=sum(op == "skip_connect" for op, _ in search.genotype.normal),
+            skips=sum(op == "skip_connect" for op, _ in genotype.normal),
         )
         if search.one_stage:
-            log = (args.save / f"search-{group}-{seed}" / "log.txt").read_text()
-            row["absorbed"] = float(log.rpartition("in the supernet, ")[2].split()[0])
+            network = torch.load(Path(arch) / "network.pt", map_location="cpu", weights_only=True)
+            row["absorbed"] = network["about"]["test_accuracy"]
     return row
 
 
@@ -187,7 +208,7 @@ def interval(samples, statistic, **kwargs):
     found = stats.bootstrap(
         samples, statistic, vectorized=False, n_resamples=4999, method="percentile",
         rng=np.random.default_rng(0), **kwargs,
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     return found.low, found.high
 
 
@@ -211,7 +232,7 @@ def summary(rows):
     """The text of the results."""
     groups = by_group(rows)
     lines = [f"{'cell':<18}{'accuracy %':>12}{'params M':>12}{'mult-adds M':>14}{'supernet %':>12}"
-             f"{'absorbed %':>12}{'changes':>9}{'skips':>7}"]  # fmt: skip
+             f"{'absorbed %':>12}{'changes':>9}{'skips':>7}"]
     for group, members in groups.items():
         for r in members:
             lines.append(
@@ -230,17 +251,17 @@ def summary(rows):
             low, high = interval((own, chance), beats)
             lines.append(f"{group}: a cell beats a random one in {beats(own, chance):.0f} % of "
                          f"{len(own)}×{len(chance)} pairs "
-                         f"(95 % interval {low:.0f} to {high:.0f})")  # fmt: skip
+                         f"(95 % interval {low:.0f} to {high:.0f})")
             low, high = interval((own, chance), improvement)
             lines.append(f"{group}: relative improvement over the average random cell "
                          f"{improvement(own, chance):+.2f} % "
-                         f"({low:+.2f} to {high:+.2f})")  # fmt: skip
-        if "supernet" in members[0] and len(own) > 5:
+                         f"({low:+.2f} to {high:+.2f})")
+        if "supernet" in members[0] and len(own) >= RANKABLE:
             supernet = [r["supernet"] for r in members]
             low, high = interval((supernet, own), tau, paired=True)
             lines.append(f"{group}: Kendall's tau between the accuracies in the supernet and after "
                          f"training {tau(supernet, own):+.2f} "
-                         f"({low:+.2f} to {high:+.2f})")  # fmt: skip
+                         f"({low:+.2f} to {high:+.2f})")
     return "\n".join(lines)
 
 
@@ -274,15 +295,18 @@ def figure(rows):
             mean, std = mean_and_std(own)
             left.errorbar(mean, y + 0.25, xerr=std, capsize=2, **look)
             left.text(mean, y + 0.36, f"{mean:.2f} ± {std:.2f}", ha="center")
-        if "supernet" in members[0] and group != "one_stage":
-            right.plot([r["supernet"] for r in members], own, linestyle="", label=group, **look)
+        if "supernet" in members[0] and (group != "one_stage" or len(own) >= RANKABLE):
+            images = "test" if group == "one_stage" else "validation"
+            right.plot([r["supernet"] for r in members], own, linestyle="",
+                       label=f"{group} ({images} images)", **look)
     left.set(yticks=range(len(groups)), yticklabels=list(groups), ylim=(-0.5, len(groups) - 0.3),
-             xlabel="test accuracy after training (%)")  # fmt: skip
+             xlabel="test accuracy after training (%)")
     left.set_title("each dot a cell; above them mean ± std")
-    right.set(xlabel="validation accuracy in the supernet (%)",
-              ylabel="test accuracy after training (%)")  # fmt: skip
+    right.set(xlabel="accuracy in the supernet (%)",
+              ylabel="test accuracy after training (%)")
     right.set_title("does the supernet rank the cells?")
-    right.legend()
+    if right.lines:
+        right.legend()
     return drawn
 
 

@@ -4,14 +4,19 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from scripts import ENVIRONMENT, ROOT
 
+import genotypes
+
 sys.path.append(str(ROOT / "benchmarks"))
-import evidence  # noqa: E402
+
+import evidence
 
 SIZES = "--init_channels 2 --layers 3 --batch_size 240"
 FLAGS = [
@@ -19,14 +24,14 @@ FLAGS = [
     "--variants", "often=--recover_every 2 --epochs 1", "--variant_searches", "1",
     "--search_flags", f"{SIZES} --epochs 2",
     "--train_flags", f"{SIZES} --epochs 1 --no-auxiliary --no-cutout",
-]  # fmt: skip
+]
 
 
 def start(folder, *more):
     return subprocess.Popen(
         [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS, *more],
         cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
 
 
 def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path):
@@ -47,11 +52,12 @@ def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path)
     cells = json.loads((tmp_path / "out/evidence.json").read_text())["cells"]
     assert [(c["group"], c["seed"]) for c in cells] == [
         ("random", 0), ("searched", 0), ("often", 0), ("random", 1)
-    ]  # fmt: skip
+    ]
     for cell in cells:
         log = (tmp_path / f"out/train-{cell['group']}-{cell['seed']}/log.txt").read_text()
         assert f"test accuracy {cell['accuracy']:.2f} % after the last epoch" in log
         assert f"network: {cell['parameters'] / 1e6:.4f} M parameters" in log
+        assert f"genotype = {genotypes.from_lists(cell['genotype'])}" in log
     assert len(cells[1]["changed"]) == 2 and len(cells[2]["changed"]) == 1
     assert (tmp_path / "out/evidence.png").exists()
     assert (tmp_path / "out/evidence.txt").read_text() in output
@@ -61,6 +67,52 @@ def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path)
     third = start(tmp_path, "--train_flags", SIZES)
     _, errors = third.communicate()
     assert third.returncode == 2 and errors.count("\n") == 1 and "contradicts" in errors
+
+
+def parse(*flags):
+    return evidence.get_args_parser().parse_args(["--save", "out", *flags])
+
+
+def test_distinct_edges_hold_for_every_group():
+    args = parse("--distinct_edges", "--variants", "often=--recover_every 1", "--one_stage", "1")
+    args.save = Path(args.save)
+    groups = {group: (group, seed, flags) for group, seed, flags in evidence.cells(args)}
+    assert evidence.architecture(groups["random"], args) == "random:7:distinct"
+    for group in ("searched", "one_stage", "often"):
+        assert "--distinct_edges" in groups[group][2].split()
+    args.distinct_edges = False
+    assert evidence.architecture(groups["random"], args) == "random:7"
+    assert not any("distinct" in (flags or "") for _, _, flags in evidence.cells(args))
+
+
+def test_learning_rates_follow_the_linear_rule():
+    search, train = 0.1 / 256, 0.025 / 96  # published learning rates, over their batches
+    rates = {"search_flags": search, "train_flags": train, "one_stage_flags": train}
+    for name, rate_of_an_image in rates.items():
+        words = vars(parse())[name].split()
+        batch, rate = (words[words.index(flag) + 1] for flag in ("--batch_size", "--learning_rate"))
+        assert float(rate) == pytest.approx(rate_of_an_image * int(batch), rel=0.01)
+
+
+def test_what_is_known_of_a_one_stage_cell(tmp_path):
+    search, training = tmp_path / "search-one_stage-0", tmp_path / "train-one_stage-0"
+    for folder, row in (
+        (search, dict(epoch=1, test_loss=1.0, test_accuracy=61.0, changed=3)),
+        (training, dict(epoch=1, test_accuracy=80.0, parameters=5, multiply_adds=6)),
+    ):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    genotype = genotypes.as_lists(genotypes.ISTA_onestage)
+    (search / "config.json").write_text('{"one_stage": true}')
+    (search / "genotypes.jsonl").write_text(json.dumps({"epoch": 1, **genotype}) + "\n")
+    genotypes.save(search / "genotype.json", genotypes.ISTA_onestage, True)
+    torch.save({"about": {"epoch": 1, "test_accuracy": 62.5}}, search / "network.pt")
+    args = parse()
+    args.save = tmp_path
+    assert evidence.result(("one_stage", 0, ""), args) == dict(
+        group="one_stage", seed=0, accuracy=80.0, parameters=5, multiply_adds=6,
+        genotype=genotype, supernet=61.0, changed=[3], skips=1, absorbed=62.5,
+    )
 
 
 def rows(group, accuracies, **more):
@@ -83,6 +135,15 @@ def test_the_text_gives_the_statistics():
     assert f"average random cell {100 * (np.mean(own) - 53) / 53:+.2f} %" in text
     assert f"after training {stats.kendalltau(supernet, own).statistic:+.2f} (" in text
     assert f"searched: {np.mean(own):.2f} ± {np.std(own, ddof=1):.2f} %" in text
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_one_stage_cells_are_ranked_where_there_are_enough(count):
+    supernet = [float(k) for k in range(count)]
+    one_stage = rows("one_stage", supernet, supernet=supernet, changed=count * [[1]])
+    assert ("one_stage: Kendall's tau" in evidence.summary(one_stage)) == (count == 6)
+    right = evidence.figure(one_stage).axes[1]
+    assert len(right.lines) == (count == 6)
 
 
 def test_draws_count_half():

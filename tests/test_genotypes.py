@@ -2,6 +2,7 @@
 
 import json
 import string
+from collections import Counter
 
 import pytest
 from hypothesis import example, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import genotypes
 from genotypes import NODES, PRIMITIVES, Genotype
+from utils import UserError
 
 
 @st.composite
@@ -33,7 +35,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name, one_stage", [
     ("ISTA_twostage", False), ("ISTA_onestage", True), ("ISTA_ImageNet", False),
-])  # fmt: skip
+])
 def test_published_names(name, one_stage):
     assert genotypes.load(name) == (getattr(genotypes, name), one_stage)
 
@@ -72,7 +74,7 @@ def test_the_order_of_the_pairs_is_kept():
     # Parameters of a network are numbered in this order, so sorting would misplace weights.
     assert genotypes.load(str(genotypes.ISTA_twostage))[0].normal[4:6] == [
         ("dil_conv_3x3", 1), ("sep_conv_3x3", 0),
-    ]  # fmt: skip
+    ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -87,6 +89,10 @@ GOOD = str(genotypes.ISTA_twostage)
     ("random:", "random:SEED"),
     ("random:x", "random:SEED"),
     ("random:-1", "random:SEED"),
+    ("random:٣", "random:SEED"),
+    ("random:3:", "random:SEED:distinct"),
+    ("random:3:other", "random:SEED:distinct"),
+    ("random:" + "9" * 5000, "random:SEED"),
     ("Genotype(", "malformed"),
     ("Genotype()", "must give"),
     (GOOD[:-5], "malformed"),
@@ -106,9 +112,9 @@ GOOD = str(genotypes.ISTA_twostage)
     ("x" * 300_000 + "Genotype(" + "[" * 200_000 + ")", "too long"),
     ("Genotype(" + "[" * 5_000 + ")", "malformed"),
     ("Genotype(" + "-" * 50_000 + "1)", "malformed"),
-])  # fmt: skip
+])
 def test_what_is_wrong_is_said_in_a_line(text, says):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         genotypes.load(text)
     message = str(error.value)
     assert says in message and "\n" not in message and len(message) < 400
@@ -118,14 +124,23 @@ def test_what_is_wrong_is_said_in_a_line(text, says):
     "", "{", "[]", "null", "3", '{"normal": []}', "\x00\x01", "[" * 100_000,
     json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "one_stage": "no"}),
     json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "one_stage": True, "normal": 5}),
-    json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage)}),
-])  # fmt: skip
+    json.dumps({"one_stage": True, "normal": genotypes.ISTA_twostage.normal}),
+])
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "genotype.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="genotype.json") as error:
         genotypes.load(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_may_lack_one_stage_and_have_a_byte_order_mark(tmp_path):
+    path = tmp_path / "genotype.json"
+    lists = genotypes.as_lists(genotypes.ISTA_onestage)
+    path.write_text(json.dumps(lists))
+    assert genotypes.load(path) == (genotypes.ISTA_onestage, False)
+    path.write_text(json.dumps({**lists, "one_stage": True}), encoding="utf-8-sig")
+    assert genotypes.load(path) == (genotypes.ISTA_onestage, True)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
@@ -154,7 +169,7 @@ def damaged(text):
     st.text(max_size=200).map(lambda s: f"Genotype({s})"),
     st.text("()[]{}'\"\\,=0123456789abcnorml_. \n-~", max_size=300).map("Genotype({})".format),
     st.text(max_size=100),
-))  # fmt: skip
+))
 @example("Genotype(normal=open('HOSTILE', 'w'), normal_concat=1, reduce=1, reduce_concat=1)")
 @example("Genotype(*[1]*4)")
 @example("Genotype(**{'normal': 1})")
@@ -187,6 +202,47 @@ def test_a_random_cell_is_reproducible_and_valid():
         for pairs in (genotype.normal, genotype.reduce):
             for a, b in zip(pairs[::2], pairs[1::2], strict=True):
                 assert (a[1], PRIMITIVES.index(a[0])) < (b[1], PRIMITIVES.index(b[0]))
+
+
+def test_a_seed_gives_the_cell_it_always_gave():
+    # Old runs and tables name their cells by these seeds.
+    assert genotypes.draw(0) == Genotype(
+        normal=[
+            ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("avg_pool_3x3", 0), ("dil_conv_5x5", 1),
+            ("avg_pool_3x3", 1), ("skip_connect", 2), ("sep_conv_5x5", 3), ("sep_conv_3x3", 4),
+        ],
+        normal_concat=range(2, 6),
+        reduce=[
+            ("sep_conv_5x5", 0), ("dil_conv_3x3", 1), ("sep_conv_5x5", 1), ("avg_pool_3x3", 2),
+            ("dil_conv_5x5", 0), ("sep_conv_5x5", 2), ("avg_pool_3x3", 1), ("sep_conv_5x5", 4),
+        ],
+        reduce_concat=range(2, 6),
+    )
+
+
+def test_random_cells_of_distinct_edges():
+    assert genotypes.load("random:7:distinct") == (genotypes.draw(7, distinct_edges=True), False)
+    drawn = [genotypes.draw(seed, distinct_edges=True) for seed in range(3000)]
+    assert all(genotypes.has_distinct_edges(genotype) for genotype in drawn)
+    assert all(genotypes.load(str(genotype))[0] == genotype for genotype in drawn[:50])
+    # Each as often: the 6 pairs of inputs of the third node, and the operations.
+    inputs = Counter((g.reduce[4][1], g.reduce[5][1]) for g in drawn)
+    operations = Counter(g.normal[0][0] for g in drawn)
+    for seen, kinds in ((inputs, 6), (operations, len(PRIMITIVES))):
+        expected = len(drawn) / kinds
+        chi2 = sum((count - expected) ** 2 / expected for count in seen.values())
+        assert len(seen) == kinds and chi2 < 22.5  # 99.9 % quantile, 6 degrees of freedom
+
+
+@pytest.mark.parametrize("cell, k", [("normal", 0), ("normal", 7), ("reduce", 3)])
+def test_one_shared_edge_is_found_in_any_node(cell, k):
+    genotype = genotypes.ISTA_twostage
+    assert genotypes.has_distinct_edges(genotype)
+    pairs = list(getattr(genotype, cell))
+    pairs[k] = (pairs[k][0], pairs[k ^ 1][1])
+    assert not genotypes.has_distinct_edges(genotype._replace(**{cell: pairs}))
+    same_inputs = [("skip_connect", 0), ("skip_connect", 1)] * NODES  # in all nodes alike
+    assert genotypes.has_distinct_edges(genotype._replace(normal=same_inputs))
 
 
 def test_random_pairs_are_uniform():
