@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import arguments
-import data
 import distributed
 import ista
 
@@ -65,7 +64,7 @@ def command(prog):
         yield
         signals.check()
         distributed.stop()
-    except (UserError, data.DataError, ista.SolverUnavailable) as error:
+    except (UserError, ista.SolverUnavailable) as error:
         arguments.fail(prog, error)
     except distributed.Ended:
         sys.exit(2)
@@ -331,7 +330,7 @@ class Epoch:
                 f"{self.learning_rate:.4g}; try a smaller --learning_rate or --grad_clip in a new "
                 f"run; {self.run.how_to_resume()}"
             ) from None
-        if kind in (None, data.DataError):  # the signal may have ended the readers of data too
+        if kind in (None, UserError):  # the signal may have ended the readers of data too
             signals.check()
 
     def step(self, meter):
