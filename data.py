@@ -1,14 +1,16 @@
 """Data sets as uint8 tensors on the device, and batches of them, augmented many images at a time.
 
     train, test = load("cifar10", "../data", device="cuda")
-    for x, y in Batches(train, 96, train=True, cutout_length=16, generator=generator):
+    for x, y in train.batches(96, train=True, cutout_length=16, generator=generator):
         ...
 
 A data set is decoded once, into memory, and stays on the device. Augmentation is a handful of
 tensor operations on the whole batch, so neither worker processes nor transfers are needed.
 """
 
+import contextlib
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
+
+from utils import UserError
 
 DATASETS = ("cifar10", "cifar100", "digits", "imagefolder")
 CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
 CIFAR10_STD = (0.24703233, 0.24348505, 0.26158768)
 PADDING = 4  # of the random crop
 SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
-
-
-class DataError(Exception):
-    """Data that cannot be used; the message is one line: what is wrong and what to do."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # file names may hold line breaks
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +60,12 @@ class Images:
     def subset(self, index):
         """The images at ``index`` (an int64 tensor, any device), copied."""
         index = index.to(self.labels.device)
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        with _enough_memory(self.images.device):
+            return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def batches(self, batch_size, **options):
+        """`Batches` of these images, with its options."""
+        return Batches(self, batch_size, **options)
 
 
 # ------------------------------------------------------------------------------------------
@@ -76,23 +79,34 @@ def _scale_and_bias(mean, std, device):
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
-def normalize(x, mean, std):
+@functools.cache
+def _positions(n, device):
+    return torch.arange(n, device=device)
+
+
+def normalize(x, mean, std, memory_format=torch.preserve_format):
     """``(x / 255 - mean) / std`` for each channel.
 
     Parameters
     ----------
     x : uint8 tensor (B, C, H, W)
     mean, std : sequences of C floats
+    memory_format : torch.memory_format
+        Of what is returned.
 
     Returns
     -------
     float32 tensor (B, C, H, W)
     """
     scale, bias = _scale_and_bias(tuple(mean), tuple(std), x.device)
-    return x.float().mul_(scale).add_(bias)
+    out = torch.empty_like(x, dtype=torch.float32, memory_format=memory_format)
+    return torch.mul(x, scale, out=out).add_(bias)  # one kernel converts, lays out, multiplies
 
 
-def augment(x, mean, std, *, flip, cutout_length=0, generator=None, part=(0, 1)):
+def augment(
+    x, mean, std, *, flip, cutout_length=0, generator=None,
+    memory_format=torch.preserve_format, rank=0, world_size=1,
+):
     """Random crop, horizontal flip, normalisation and cutout, independently for each image.
 
     The distribution is that of DARTS' CIFAR transforms: the image is surrounded by 4 black
@@ -110,10 +124,12 @@ def augment(x, mean, std, *, flip, cutout_length=0, generator=None, part=(0, 1))
     cutout_length : int
         Side of the square; 0 for no cutout.
     generator : torch.Generator on the device of x, or None for torch's default one
-    part : (int, int)
-        (i, p): x is the i-th of p equal parts of a batch. The random numbers of the whole batch
-        are drawn, so that p generators in one state stay so, and the images together are treated
-        as one process would treat the batch.
+    memory_format : torch.memory_format
+        Of what is returned.
+    rank, world_size : int
+        x is this rank's share of a batch of ``world_size * B`` images. The random numbers of the
+        whole batch are drawn on every rank, so that generators in one state stay so, and an image
+        is augmented as it would be by a single rank.
 
     Returns
     -------
@@ -125,119 +141,146 @@ def augment(x, mean, std, *, flip, cutout_length=0, generator=None, part=(0, 1))
     arXiv 1708.04552. Liu, Simonyan and Yang, "DARTS", ICLR 2019.
     """
     B, C, H, W = x.shape
-
-    i, parts = part
+    row, column = _positions(H, x.device), _positions(W, x.device)
 
     def randint(n, count=1):  # below n, for each image: (count, B, 1)
-        size = (count, parts * B, 1)
-        return torch.randint(n, size, generator=generator, device=x.device)[:, i * B : (i + 1) * B]
+        size = (count, world_size * B, 1)
+        drawn = torch.randint(n, size, generator=generator, device=x.device)
+        return drawn[:, rank * B : (rank + 1) * B]
 
-    row, column = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
     top, left = randint(2 * PADDING + 1, 2)
     rows, columns = top + row, left + column  # (B, H), (B, W): of the padded image, to be kept
-    if flip:
-        columns = torch.where(randint(2)[0].bool(), columns.flip(1), columns)
-    pixels = (rows * (W + 2 * PADDING))[:, :, None] + columns[:, None, :]
+    if flip:  # from left + column to left + (W - 1 - column)
+        columns = torch.addcmul(columns, randint(2)[0], column.flip(0) - column)
+    pixels = torch.add(columns[:, None, :], rows[:, :, None], alpha=W + 2 * PADDING)  # (B, H, W)
     padded = F.pad(x, (PADDING, PADDING, PADDING, PADDING)).flatten(2)
     x = padded.gather(2, pixels.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
-    x = normalize(x, mean, std)
+    x = normalize(x, mean, std, memory_format)
 
     if cutout_length:
         y_centre, x_centre = randint(H)[0], randint(W)[0]
-        in_rows = ((row - y_centre + 0.5).abs() < cutout_length // 2).float()
-        in_columns = ((column - x_centre + 0.5).abs() < cutout_length // 2).float()
-        x.mul_(1 - in_rows[:, None, :, None] * in_columns[:, None, None, :])
+        half = cutout_length // 2
+        rows_kept = (row - y_centre + 0.5).abs() >= half  # (B, H)
+        columns_kept = (column - x_centre + 0.5).abs() >= half  # (B, W)
+        x.mul_(rows_kept[:, None, :, None] | columns_kept[:, None, None, :])
     return x
+
+
+# ------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------
+
+
+def cut(images, batch_size, *, train, rank=0, world_size=1):
+    """Cut an order of images into the batches of a rank.
+
+    The order is cut into runs of ``world_size * batch_size`` images, the last one shorter, and
+    each run into consecutive shares, one for each rank: together the ranks see the batches that
+    one rank with the larger batch size would. In training the shares of a run are equal. What the
+    last one holds beyond that is left out, and so is all of it when there are not two images for
+    each rank, because BatchNorm cannot take a single one. For evaluation no image is left out, and
+    a rank without a share of the last run has a batch less.
+
+    Parameters
+    ----------
+    images : int
+    batch_size : int
+        Of one rank.
+    train : bool
+    rank, world_size : int
+
+    Returns
+    -------
+    list of slice
+        Of the order, one for each batch.
+    """
+    slices = []
+    for start in range(0, images, world_size * batch_size):
+        size = min(world_size * batch_size, images - start)
+        if train:
+            size -= size % world_size
+            if size < world_size * min(2, batch_size):
+                break
+        share = slice(start + rank * size // world_size, start + (rank + 1) * size // world_size)
+        if share.start < share.stop:
+            slices.append(share)
+    return slices
 
 
 class Batches:
     """Batches ``(x, y)`` of a data set: float32 (B, 3, H, W), normalised, and int64 (B,).
 
-    Each iteration is one pass over the data. In training, it is in a new random order and
-    augmented, and a last batch of a single image is left out, for BatchNorm cannot take it.
-    Otherwise it is in order and whole.
+    Each iteration is one pass over the data, as `cut` says. In training, it is in a new random
+    order and augmented. Otherwise it is in order and whole.
 
     All randomness is drawn from ``generator``, while iterating. There is no other state: with
-    the generator set back to what it was before a pass, the pass repeats itself exactly.
-
-    Of p processes, each takes its part of every batch of p * batch_size images: together they see
-    in a pass the images that one process with that batch size would, augmented alike, if their
-    generators begin in the same state. In training all parts of a batch have the same size, at
-    least 2: what the last batch holds beyond that is left out.
+    the generator set back to what it was before a pass, the pass repeats itself exactly. Ranks
+    whose generators begin in the same state draw alike.
 
     Parameters
     ----------
-    data : Images
+    images : Images
     batch_size : int
-        Of one process.
+        Of one rank.
     train : bool
     cutout_length : int
         0 for no cutout; used in training only.
     generator : torch.Generator on the device of the data, or None for torch's default one
-    channels_last : bool
-        Memory format of x.
-    part : (int, int)
-        Number of this process, from 0, and of all processes.
+    memory_format : torch.memory_format
+        Of x.
+    rank, world_size : int
 
     Raises
     ------
-    DataError
+    UserError
         When there is not a single batch, or not a whole one to train on.
     """
 
     def __init__(
-        self, data, batch_size, *, train, cutout_length=0, generator=None, channels_last=False,
-        part=(0, 1),
-    ):  # fmt: skip
-        self.data = data
+        self, images, batch_size, *, train, cutout_length=0, generator=None,
+        memory_format=torch.contiguous_format, rank=0, world_size=1,
+    ):
+        share = len(images) // world_size
+        if train and batch_size > share > 1:
+            each = f" for each of {world_size} ranks" if world_size > 1 else ""
+            raise UserError(f"--batch_size {batch_size}{each} is too large for the {len(images)} "
+                            f"images to train on: give at most {share}")
+        self.slices = cut(len(images), batch_size, train=train, rank=rank, world_size=world_size)
+        if len(images) == 0 or train and not self.slices:
+            what = f"too few images to {'train' if train else 'evaluate'} on ({len(images)})"
+            raise UserError(f"{what}: use a larger data set or another --train_portion")
+        self.images = images
         self.batch_size = batch_size
         self.train = train
         self.generator = generator
-        self.part = part
-        self.options = {"cutout_length": cutout_length, "generator": generator, "part": part}
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        share = len(data) // part[1]
-        if train and batch_size > share > 1:
-            each = f" for each of {part[1]} processes" if part[1] > 1 else ""
-            raise DataError(f"--batch_size {batch_size}{each} is too large for the {len(data)} "
-                            f"images to train on: give at most {share}")  # fmt: skip
-        if len(self) == 0:
-            what = f"too few images to {'train' if train else 'evaluate'} on ({len(data)})"
-            raise DataError(f"{what}: use a larger data set or another --train_portion")
+        self.memory_format = memory_format
+        self.augmentation = {"cutout_length": cutout_length, "generator": generator,
+                             "memory_format": memory_format, "rank": rank, "world_size": world_size}
 
     def __len__(self):
-        parts = self.part[1]
-        full, rest = divmod(len(self.data), parts * self.batch_size)
-        return full + (rest // parts > 1 if self.train else rest > 0)
+        return len(self.slices)
 
     def __iter__(self):
-        data, (i, parts) = self.data, self.part
+        data = self.images
         if self.train:
             order = torch.randperm(len(data), generator=self.generator, device=data.labels.device)
-        stride = parts * self.batch_size
-        for start in range(0, len(self) * stride, stride):
-            size = min(stride, len(data) - start)  # of the batch of all processes
+        for share in self.slices:
             if self.train:
-                size -= size % parts
-            index = slice(start + i * size // parts, start + (i + 1) * size // parts)
-            if index.start == index.stop:  # fewer images than processes
-                continue
-            if self.train:
-                index = order[index]
+                index = order[share]
                 # index_select: many times faster than data.images[index] on a CPU
                 x, y = data.images.index_select(0, index), data.labels.index_select(0, index)
-                x = augment(x, data.mean, data.std, flip=data.flip, **self.options)
+                yield augment(x, data.mean, data.std, flip=data.flip, **self.augmentation), y
             else:
-                x, y = data.images[index], data.labels[index]
-                x = normalize(x, data.mean, data.std)
-            yield x.contiguous(memory_format=self.memory_format), y
+                x = normalize(data.images[share], data.mean, data.std, self.memory_format)
+                yield x, data.labels[share]
 
     def endless(self):
         """Pass after pass, without end.
 
         Call it anew at the start of each epoch: it then starts with a fresh permutation, so that
         every image is used equally often on average, and a resumed run needs nothing but the
-        generator's state to continue exactly.
+        generator's state to continue exactly. What an earlier call returned is not to be used
+        from then on.
         """
         while True:
             yield from self
@@ -317,43 +360,58 @@ def load(dataset, root, image_size=32, device="cpu", workers=0, log=print):
 
     Raises
     ------
-    DataError
+    UserError
         When the data is missing, damaged or not laid out like this.
     """
-    if dataset in ("cifar10", "cifar100"):
-        train, test, classes = _load_cifar(dataset, Path(root), image_size)
-    elif dataset == "digits":
-        train, test, classes = _load_digits(image_size)
-    elif dataset == "imagefolder":
-        train, test, classes = _load_folder(Path(root), image_size, workers, log)
-    else:
-        raise DataError(f"unknown data set {dataset!r}: use one of {', '.join(DATASETS)}")
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset!r}: use one of {', '.join(DATASETS)}")
+    with _enough_memory("cpu"):
+        if dataset == "digits":
+            train, test, classes = _load_digits(image_size)
+        elif dataset == "imagefolder":
+            train, test, classes = _load_folder(root, image_size, workers, log)
+        else:
+            train, test, classes = _load_cifar(dataset, Path(root), image_size)
+        mean, std = (CIFAR10_MEAN, CIFAR10_STD) if dataset == "cifar10" else _mean_and_std(train[0])
+    with _enough_memory(device):
+        return tuple(
+            Images(x.to(device), y.to(device), classes, mean, std, flip=dataset != "digits")
+            for x, y in (train, test)
+        )
 
-    mean, std = (CIFAR10_MEAN, CIFAR10_STD) if dataset == "cifar10" else _mean_and_std(train[0])
-    train, test = (
-        Images(images.to(device), labels.to(device), classes, mean, std, flip=dataset != "digits")
-        for images, labels in (train, test)
-    )
-    return train, test
+
+@contextlib.contextmanager
+def _enough_memory(device):
+    """Say what helps where a data set does not fit into memory: a smaller batch does not."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of numpy and Pillow; of torch, CUDA's included
+        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_known and "can't allocate memory" not in str(error):
+            raise
+        is_cpu = str(device) == "cpu"
+        raise UserError(
+            f"{'the machine' if is_cpu else device} has too little memory for the data set: give a "
+            f"smaller --image_size{'' if is_cpu else ', --device cpu'} or, for a folder of images, "
+            "--dataset imagenet, which reads the files anew in each pass"
+        ) from error
 
 
 def _load_cifar(dataset, root, image_size):
-    from torchvision.datasets import CIFAR10, CIFAR100
-
     cls = CIFAR10 if dataset == "cifar10" else CIFAR100
     folder = root / cls.base_folder
     try:
         if not folder.exists():
             cls(root, download=True)
     except Exception as error:  # network, disk and archive errors of many types
-        raise DataError(
+        raise UserError(
             f"{dataset} is not in {root} and the download failed ({error}): put the extracted "
             f"{cls.base_folder} there, or use --dataset digits or imagefolder"
         ) from error
     try:
         splits = [cls(root, train=train) for train in (True, False)]
     except Exception as error:  # a wrong checksum, or whatever unpickling may raise
-        raise DataError(
+        raise UserError(
             f"{folder} is damaged or incomplete: delete it and run again to download it, "
             "or extract the archive there anew"
         ) from error
@@ -367,7 +425,7 @@ def _load_digits(image_size):
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
+        raise UserError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # whole numbers from 0 to 16
@@ -378,70 +436,25 @@ def _load_digits(image_size):
 
 
 def _load_folder(root, image_size, workers, log):
-    try:
-        if not root.is_dir():
-            raise DataError(f"{root} is not a folder: --data must hold train/ and test/ (or val/)")
-        folders = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
-        for folder, name in zip(folders, ("train/", "test/ or val/"), strict=True):
-            if not folder.is_dir():
-                raise DataError(f"{root} has no folder {name}: add it, with a folder per class")
-        files, test_files = (_image_files(folder) for folder in folders)
-    except OSError as error:
-        raise DataError(f"{error.filename or root} cannot be read ({error.strerror})") from error
-
-    classes = list(files)
-    if len(classes) == 1:
-        raise DataError(f"{folders[0]} has a single class ({classes[0]}): add others")
-    if unknown := [name for name in test_files if name not in files]:
-        raise DataError(
-            f"{folders[1]} has classes that {folders[0]} lacks: {', '.join(unknown)}; "
-            "add training images of them or remove them"
-        )
-    files, test_files = (
-        [(path, classes.index(name)) for name, paths in of_class.items() for path in paths]
-        for of_class in (files, test_files)
-    )
-    paths, labels = zip(*files, *test_files, strict=True)
+    classes, splits = scan(root, ("test", "val"), log)
+    paths = [path for files, _ in splits for path in files]
     images, resized = _decode(paths, image_size, workers)
     if resized:
         log(f"resized {resized:,} of {len(paths):,} images to {image_size} x {image_size}")
-    sizes = len(files), len(test_files)
-    return *zip(images.split(sizes), torch.tensor(labels).split(sizes), strict=True), classes
-
-
-def _image_files(folder):
-    """Sorted image files of each class, by sorted class name."""
-
-    def is_image(path):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        return path.suffix.lower() in SUFFIXES and not hidden
-
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = {name: sorted(map(str, filter(is_image, (folder / name).rglob("*")))) for name in names}
-    if not files:
-        raise DataError(f"{folder} has no class folders: put the images in {folder}/<class>/")
-    for name in names:
-        if not files[name]:
-            raise DataError(f"{folder / name} has no images: add some or remove the folder")
-    return files
+    images = images.split([len(files) for files, _ in splits])
+    return *zip(images, (labels for _, labels in splits), strict=True), classes
 
 
 def _decode(paths, image_size, workers):
     """uint8 tensor (N, 3, image_size, image_size), and how many images were of another size."""
-    pixels = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+    pixels = np.empty((len(paths), 3, image_size, image_size), np.uint8)
 
     def read(i):
-        try:
-            with Image.open(paths[i]) as file:
-                image = to_rgb(file)
-        except Exception as error:  # Pillow's readers raise errors of many types
-            raise DataError(
-                f"{paths[i]} cannot be read as an image ({error}): replace or remove it"
-            ) from error
+        image = read_rgb(paths[i])
         is_other_size = image.size != (image_size, image_size)
         if is_other_size:
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        pixels[i] = np.asarray(image)
+        pixels[i] = np.asarray(image).transpose(2, 0, 1)
         return is_other_size
 
     def read_some(start):  # one at a time, threads would mostly wait for each other
@@ -451,10 +464,29 @@ def _decode(paths, image_size, workers):
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         done = (pool.map if workers else map)(read_some, starts)
         resized = sum(tqdm(done, "reading images", len(starts), leave=False, disable=None))
-    return _channels_first(pixels), resized
+    return torch.from_numpy(pixels), resized
 
 
-def to_rgb(image):
+def read_rgb(path):
+    """The PIL image of a file, in 8-bit RGB.
+
+    Raises
+    ------
+    UserError
+        When it cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as file:
+            return _to_rgb(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of many types
+        raise UserError(
+            f"{path} cannot be read as an image ({error}): replace or remove it"
+        ) from error
+
+
+def _to_rgb(image):
     if image.mode.startswith("I"):  # 16 bits, held in 16 or 32, which convert() would clip to 8
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -487,3 +519,127 @@ def _mean_and_std(images):
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=1).sqrt()  # a channel may be constant
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+# ------------------------------------------------------------------------------------------
+# Folders of classes
+# ------------------------------------------------------------------------------------------
+
+
+def scan(root, test_names, log):
+    """List the image files of each class in ``root/train/<class>/**`` and the same for testing.
+
+    Only regular files of a type in `SUFFIXES` are listed, and links to such; no hidden ones. Links
+    to folders are followed, except to one that holds them. `log` is told what is skipped.
+
+    Parameters
+    ----------
+    root : path
+    test_names : sequence of str
+        Of the folders of test images: the first one there is counts.
+    log : callable
+        Takes a line of text worth knowing.
+
+    Returns
+    -------
+    classes : list of str
+        Names of the folders in ``train``, sorted.
+    splits : list of two pairs
+        For training and for testing: the paths (list of str), sorted by class and path, and their
+        labels (int64 tensor).
+
+    Raises
+    ------
+    UserError
+        When a folder is missing, or a class is empty, alone, or for testing only.
+    """
+    root, skipped, found = Path(root), [], []
+    test_name = next((name for name in test_names if (root / name).is_dir()), test_names[-1])
+    folders = root / "train", root / test_name
+    try:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder: --data must hold train/ and "
+                            f"{_either(test_names)}")
+        for folder, names in zip(folders, (["train"], test_names), strict=True):
+            if not folder.is_dir():
+                raise UserError(f"{root} has no folder {_either(names)}: add it, with a folder of "
+                                "images for each class")
+            found.append(_class_files(folder, skipped))
+    except OSError as error:
+        raise UserError(f"{error.filename or root} cannot be read ({error.strerror})") from error
+    train, test = found
+
+    if skipped:
+        log(f"warning: skipped {_some(sorted(skipped))}")
+    if len(train) == 1:
+        raise UserError(f"{folders[0]} has a single class ({_some(train)}): add others")
+    if unknown := [name for name in test if name not in train]:
+        raise UserError(f"{folders[1]} has classes that {folders[0]} lacks: {_some(unknown)}; add "
+                        "training images of them or remove them")
+    if missing := [name for name in train if name not in test]:
+        log(f"warning: {folders[1]} lacks classes that {folders[0]} has: {_some(missing)}; the "
+            "accuracy leaves them out")
+    label = {name: k for k, name in enumerate(train)}
+    return list(train), [
+        ([path for paths in files.values() for path in paths],
+         torch.tensor([label[name] for name, paths in files.items() for _ in paths]))
+        for files in (train, test)
+    ]
+
+
+def _either(names):
+    return " or ".join(f"{name}/" for name in names)
+
+
+def _some(names):
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _class_files(folder, skipped):
+    """Sorted image files of each class, by sorted class name."""
+    real = folder.resolve()
+    around = {_identity(path) for path in (real, *real.parents)}
+    files = {}
+    for subfolder in sorted(_list(folder, around, skipped)[0], key=lambda pair: pair[0]):
+        files[os.path.basename(subfolder[0])] = images = []
+        pending = [subfolder]
+        while pending:
+            subfolders, more = _list(*pending.pop(), skipped)
+            pending += subfolders
+            images += more
+        images.sort()
+        if not images:
+            raise UserError(f"{subfolder[0]} has no images: add some or remove the folder")
+    if not files:
+        raise UserError(f"{folder} has no class folders: put the images in {folder}/<class>/")
+    return files
+
+
+def _list(folder, around, skipped):
+    """What is in a folder: [(path of a subfolder, the folders around its contents)], [image file].
+
+    Folders around are told by device and inode, for a link may lead back to one.
+    """
+    subfolders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                identity = _identity(entry.path)
+                if identity in around:
+                    skipped.append(f"{entry.path} (a link to a folder around it)")
+                else:
+                    subfolders.append((entry.path, around | {identity}))
+            elif entry.name.lower().endswith(SUFFIXES):
+                if entry.is_file():
+                    images.append(entry.path)
+                else:  # reading from a pipe, say, would wait for ever
+                    skipped.append(f"{entry.path} (not a regular file)")
+    return subfolders, images
+
+
+def _identity(path):
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
