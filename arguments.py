@@ -397,7 +397,8 @@ def check_imagenet(args, linear):
 def check_shared(args):
     if args.image_size % 4:
         raise UserError(f"--image_size must be a multiple of 4, not {args.image_size}")
-    if args.cutout and 2 * args.cutout_length > args.image_size and not args.resume:
+    wide = args.cutout and 2 * args.cutout_length > args.image_size
+    if wide and not args.resume and not getattr(args, "evaluate", False):
         if not {"cutout", "cutout_length"} & {*args.typed}:
             raise UserError(
                 f"cutout of {args.cutout_length} pixels takes most of an image of "
@@ -484,6 +485,10 @@ def data_flags(args):
     imagenet = args.dataset == "imagenet"
     defaults = dict(dataset="cifar10", data="data", image_size=224 if imagenet else 32)
     flags = {name: value for name in defaults if (value := getattr(args, name)) != defaults[name]}
-    if not imagenet and args.image_size < 32:
-        flags["cutout_length"] = args.image_size // 2
     return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in flags.items())
+
+
+def cutout_flag(args):
+    """What train.py has to be told for images too small for the published cutout."""
+    small = args.dataset != "imagenet" and args.image_size < 32
+    return f" --cutout_length {args.image_size // 2}" if small else ""

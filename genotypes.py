@@ -190,6 +190,28 @@ def from_lists(record):
     return _check(Genotype(**{key: record[key] for key in Genotype._fields}))
 
 
+def moved(before, after):
+    """The pairs in which a genotype differs from an earlier one, as texts, one for each pair.
+
+    Returns
+    -------
+    list of str
+        Like "normal node 0: skip_connect 0 → sep_conv_3x3 1".
+    """
+    texts = []
+    for cell in ("normal", "reduce"):
+        old, new = getattr(before, cell), getattr(after, cell)
+        each = len(new) // NODES
+        for node in range(NODES):
+            a, b = (pairs[node * each : (node + 1) * each] for pairs in (old, new))
+            gone, come = ([p for p in x if p not in y] for x, y in ((a, b), (b, a)))
+            texts += [
+                f"{cell} node {node}: {was} {source} → {operation} {input_node}"
+                for (was, source), (operation, input_node) in zip(gone, come, strict=True)
+            ]
+    return texts
+
+
 def has_distinct_edges(genotype):
     """Whether the pairs of every node have different input nodes, as all DARTS cells do.
 

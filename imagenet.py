@@ -42,6 +42,8 @@ class Images:
         Of x and y in `batches`.
     workers : int
         Processes that read images; 0 reads in this one.
+    mean, std : tuples of 3 floats
+        By which channels are normalised, in units where white is 1.
     """
 
     files: np.ndarray
@@ -50,6 +52,8 @@ class Images:
     image_size: int
     device: torch.device
     workers: int
+    mean: tuple = MEAN
+    std: tuple = STD
 
     def __len__(self):
         return len(self.labels)
@@ -148,7 +152,7 @@ class Batches(data.Batches):
             if isinstance(batch, UserError):
                 raise batch
             pixels, labels = (part.to(self.images.device, non_blocking=True) for part in batch)
-            yield data.normalize(pixels.permute(0, 3, 1, 2), MEAN, STD, self.memory_format), labels
+            yield data.normalize(pixels.permute(0, 3, 1, 2), self.images.mean, self.images.std, self.memory_format), labels
 
     def _read(self):
         try:

@@ -433,7 +433,8 @@ def finish(run, net, images, held_out_batches, row):
     if not args.one_stage:
         run.log("to train it from scratch, at the published size unless flags say otherwise:")
         arch = shlex.quote(run.file("genotype.json"))
-        run.log(f"    python train.py --arch {arch}{arguments.data_flags(args)}")
+        flags = arguments.data_flags(args) + arguments.cutout_flag(args)
+        run.log(f"    python train.py --arch {arch}{flags}")
         return
     plain = net.absorb()
     _, before = utils.evaluate(net, held_out_batches, args.amp)
@@ -443,7 +444,7 @@ def finish(run, net, images, held_out_batches, row):
     run.log("the trained network is in network.pt; to measure it, and to train it further:")
     weights = shlex.quote(run.file("network.pt"))
     run.log(f"    python train.py --evaluate --weights {weights}")
-    run.log(f"    python train.py --weights {weights}")
+    run.log(f"    python train.py --weights {weights}{arguments.cutout_flag(args)}")
 
 
 if __name__ == "__main__":
