@@ -151,8 +151,10 @@ class Batches(data.Batches):
         for batch in self._read():
             if isinstance(batch, UserError):
                 raise batch
-            pixels, labels = (part.to(self.images.device, non_blocking=True) for part in batch)
-            yield data.normalize(pixels.permute(0, 3, 1, 2), self.images.mean, self.images.std, self.memory_format), labels
+            images = self.images
+            pixels, labels = (part.to(images.device, non_blocking=True) for part in batch)
+            x = pixels.permute(0, 3, 1, 2)
+            yield data.normalize(x, images.mean, images.std, self.memory_format), labels
 
     def _read(self):
         try:
@@ -219,8 +221,8 @@ class _Reader:
         except UserError as error:
             return UserError(str(error))  # without its cause, which not every process can unpickle
         except MemoryError:
-            return UserError(f"too little memory to read images: give fewer --workers, or a smaller "
-                             f"--image_size than {self.size}")
+            return UserError(f"too little memory to read images: give fewer --workers, or a "
+                             f"smaller --image_size than {self.size}")
 
 
 def _collate(samples):

@@ -208,8 +208,11 @@ class SparseCode(nn.Module):
         """
         self.support, _ = self.choose(codes)
         S = [edge * len(PRIMITIVES) + op for node in self.support for edge, op in node]
-        flat = torch.from_numpy(np.concatenate([*codes, S])).to(self.c)  # one copy to the device
-        *codes, S = flat.split([*map(len, codes), len(S)])
+        flat = torch.from_numpy(np.concatenate([*codes, S]))
+        if self.c.is_cuda:  # a copy from pinned memory does not wait
+            flat = flat.pin_memory()
+        sizes = [*map(len, codes), len(S)]
+        *codes, S = flat.to(self.c, non_blocking=True).split(sizes)
         self.S.copy_(S.view_as(self.S))
         for z, code in zip(self.z, codes, strict=True):
             z.copy_(code)
