@@ -89,7 +89,7 @@ def command(prog):
 # Runs
 # ------------------------------------------------------------------------------------------------
 
-FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data"}  # at a resumption
+FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs"}  # at a resumption
 
 
 class Run:

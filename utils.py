@@ -68,7 +68,7 @@ def replacing(path):
 # ------------------------------------------------------------------------------------------------
 
 
-def choose_device(name, amp=False):
+def choose_device(name, amp=False, cuda_graphs=False):
     """The torch.device of --device, made the current one; by default CUDA, else the CPU.
 
     Of several ranks on a machine, each has a CUDA device of its own.
@@ -78,6 +78,8 @@ def choose_device(name, amp=False):
     name : str or None
     amp : bool
         Whether the device is to compute in bfloat16.
+    cuda_graphs : bool
+        Whether steps are to be recorded as CUDA graphs.
 
     Raises
     ------
@@ -114,6 +116,8 @@ def choose_device(name, amp=False):
             raise UserError(f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating "
                             "it is slower than float32: leave it out")
         torch.backends.cudnn.benchmark = True  # a run has few shapes, each of them many times
+    if cuda_graphs and (device.type != "cuda" or distributed.world_size() > 1):
+        raise UserError("--cuda_graphs needs a single rank on a CUDA device: leave it out")
     return device
 
 
