@@ -121,8 +121,10 @@ def choose_device(name, amp=False):
         if name != "cuda":
             raise UserError(f"--device {name}: each rank takes a device of its own: give cuda")
         if 0 < devices < ranks:
-            raise UserError(f"{ranks} ranks on a machine with {devices} CUDA devices: give "
-                            f"torchrun --nproc_per_node={devices}, or --device cpu")  # fmt: skip
+            raise UserError(
+                f"more ranks ({ranks}) than CUDA devices ({devices}) on this machine: give "
+                f"torchrun --nproc_per_node={devices}, or --device cpu"
+            )
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
@@ -141,8 +143,10 @@ def choose_device(name, amp=False):
     if device.type == "cuda":
         # Emulated, bfloat16 is some 40 times the kernels of a step.
         if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating "
-                            "it is slower than float32: leave it out")  # fmt: skip
+            raise UserError(
+                f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating it is "
+                "slower than float32: leave it out, or give --device cpu"
+            )
         torch.backends.cudnn.benchmark = True  # a run has few shapes, each of them many times
     return device
 
