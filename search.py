@@ -36,6 +36,10 @@ from model_search import Network
 RESTLESS = 20  # epochs in a row with a change of support, from which on it is worth a warning
 
 
+def get_args_parser():
+    return arguments.get_search_parser(__doc__)
+
+
 def main(args):
     run = runs.Run("search", args)
     args, checkpoint = run.args, run.checkpoint
@@ -451,4 +455,4 @@ def finish(run, net, images, held_out_batches, row):
 
 if __name__ == "__main__":
     with runs.command("search.py"):
-        main(arguments.get_search_parser(__doc__).parse_args())
+        main(get_args_parser().parse_args())

@@ -34,6 +34,10 @@ import utils
 import visualize
 
 
+def get_args_parser():
+    return arguments.get_train_parser(__doc__)
+
+
 def main(args):
     source = checkpoints.read_weights(args.weights) if args.weights else None
     if source:
@@ -295,4 +299,4 @@ def told(measured):
 
 if __name__ == "__main__":
     with runs.command("train.py"):
-        main(arguments.get_train_parser(__doc__).parse_args())
+        main(get_args_parser().parse_args())
