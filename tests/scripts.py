@@ -19,10 +19,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TINY = ["--dataset", "digits", "--image_size", "8", "--init_channels", "2", "--layers", "3"]
 TWO_STAGE = ["search.py", *TINY, "--batch_size", "240", "--arch_learning_rate", "0.02"]
 ONE_STAGE = [
-    "search.py", "--one_stage", *TINY, "--batch_size", "480", "--arch_learning_rate", "0.02",
-    "--freeze_tol", "0.05", "--max_search_epochs", "3",
-]  # fmt: skip
-TRAIN = ["train.py", *TINY, "--arch", "ISTA_twostage", "--batch_size", "480"]
+    "search.py", "--one_stage", *TINY, "--no-cutout", "--batch_size", "480",
+    "--arch_learning_rate", "0.02", "--freeze_tol", "0.05", "--max_search_epochs", "3",
+]
+TRAIN = ["train.py", *TINY, "--no-cutout", "--arch", "ISTA_twostage", "--batch_size", "480"]
 
 
 class Process:
@@ -35,12 +35,12 @@ class Process:
             Process._zygote = subprocess.Popen(
                 [sys.executable, Path(__file__).parent / "zygote.py"], env=ENVIRONMENT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+            )
         self.output = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]
         self.pid = self._ask(
             argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd),
             meddle=meddle and str(meddle), output=[file.name for file in self.output],
-        )  # fmt: skip
+        )
 
     def _ask(self, **job):
         Process._zygote.stdin.write(json.dumps(job) + "\n")
