@@ -4,17 +4,13 @@ Given a dictionary A (m, n) and a point b (m,), recover the code
 
     z = argmin_z  P(z),     P(z) = 1/2 ||A z - b||^2 + lam ||z||_1.
 
-`recover` offers five solvers of this one problem:
+`recover` offers five solvers of this one problem. In the search lam is 1e-5 and
+lam_max = ||A^T b||_inf, the least lam whose code is 0, is 1e-3 to 6.
 
-    homotopy   exact: follows the solution path in lam to the very support of the optimum (default)
-    ista       proximal gradient with step 1/L: the iteration that gives the method its name
-    fista      the same, accelerated, with adaptive restart
-    mosek      interior point through CVXPY; needs a licence (the original experiments used it)
-    clarabel   interior point through CVXPY; free
+@@TABLE@@
 
-In the search lam is 1e-5 while lam_max = ||A^T b||_inf, the least lam whose code is 0, is 1e-3 to
-6. At such ratios proximal gradient needs tens of thousands of iterations before its largest
-entries are the right ones, while the path has about nine breakpoints: hence the default.
+Another solver takes two edits: write a function, and add it to `SOLVERS`, where it says what the
+function is given and returns.
 
 >>> import numpy as np
 >>> from ista import recover
@@ -39,6 +35,10 @@ References
        problems. SIAM J. Imaging Sci. 2, 2009.
 .. [7] B. O'Donoghue, E. Candès. Adaptive restart for accelerated gradient schemes. Found. Comput.
        Math. 15, 2015.
+.. [8] Z. Wen, W. Yin, D. Goldfarb, Y. Zhang. A fast algorithm for sparse reconstruction based on
+       shrinkage, subspace optimization, and continuation. SIAM J. Sci. Comput. 32, 2010. (FPC_AS.)
+.. [9] G. Andrew, J. Gao. Scalable training of L1-regularized log-linear models. ICML 2007. (The
+       search along a line that is projected onto an orthant.)
 """
 
 import contextlib
@@ -46,18 +46,17 @@ import importlib
 import io
 import math
 import warnings
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-SOLVERS = ("homotopy", "ista", "fista", "mosek", "clarabel")
-
 TOLERANCE = 1e-9  # relative duality gap at which a solution counts as converged
-MAX_ITER = 100_000  # of ista and fista
-GAP_EVERY = 20  # iterations of ista and fista between two looks at the gap
+MAX_ITER = 10_000  # of ista and fista
+REST = 5  # steps of ista and fista over which the signs stay before the support is solved for
+RIDGE = 1e-12  # see _support_step; relative to L
 DEPENDENT = 1e-9  # a column this close to the span of others, relative to its norm, is in it
 TINY = 1e-300  # in place of a zero divisor
+FREE = "homotopy, ista and fista need neither package nor licence"
 DAMPING = 1e-3  # see _stationary; small next to A, whose largest entry is scaled to [1/2, 1)
 
 # On arrays this small the call is what costs: dot and argmax take half the time of @ and max.
@@ -73,7 +72,8 @@ class Solution(NamedTuple):
         Duality gap relative to the objective at 0: duality_gap / (1/2 ||b||^2), 0 when b = 0. It
         bounds the relative suboptimality of z whatever the solver did.
     n_iter : int
-        Linear solves (homotopy), gradient steps (ista, fista) or interior-point iterations.
+        Linear solves (homotopy), gradient and support steps (ista, fista) or interior-point
+        iterations.
     converged : bool
         gap <= TOLERANCE; for homotopy the optimality conditions were checked as well.
     solver : str
@@ -127,7 +127,7 @@ def objective(A, b, z, lam):
     ValueError
         As `recover`.
     """
-    A, b, lam, z, *_ = _validate(A, b, lam, z)
+    A, b, lam, z, _ = _validate(A, b, lam, z)
     r = b - A.dot(z)
     return float(0.5 * r.dot(r) + lam * np.abs(z).sum())
 
@@ -150,7 +150,7 @@ def duality_gap(A, b, z, lam):
     float
         Never negative.
     """
-    A, b, lam, z, *_ = _validate(A, b, lam, z)
+    A, b, lam, z, _ = _validate(A, b, lam, z)
     return _gap(A, b, z, lam)
 
 
@@ -177,8 +177,8 @@ def _validate(A, b, lam, z):
     A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if A.ndim != 2 or b.shape != A.shape[:1] or A.size == 0:
         raise ValueError(f"A must be (m, n) and b (m,), m, n >= 1; got {A.shape} and {b.shape}")
-    size_A, size_b = _largest(A), _largest(b)
-    if not (math.isfinite(size_A) and math.isfinite(size_b)):
+    size_A = _largest(A)
+    if not (math.isfinite(size_A) and math.isfinite(_largest(b))):
         raise ValueError(f"A {A.shape} and b {b.shape} must be finite")
     lam = float(lam)
     if not 0.0 <= lam < math.inf:
@@ -189,71 +189,13 @@ def _validate(A, b, lam, z):
             raise ValueError(f"a code for A {A.shape} must be {A.shape[1:]}; got {z.shape}")
         if not math.isfinite(_largest(z)):
             raise ValueError(f"the code {z.shape} must be finite")
-    return A, b, lam, z, size_A, size_b
-
-
-# ------------------------------------------------------------------------------ recovery
-
-
-def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
-    """Sparse code of b in the dictionary A: argmin_z 1/2 ||A z - b||^2 + lam ||z||_1 [1]_.
-
-    Parameters
-    ----------
-    A : array_like, shape (m, n)
-        Dictionary. Any rank; columns may be equal or zero.
-    b : array_like, shape (m,)
-    lam : float, >= 0
-        With lam >= lam_max = ||A^T b||_inf the code is exactly 0. At lam = 0 every least-squares
-        solution is optimal; homotopy from a cold start returns the end of its path, which is one
-        of least l1 norm.
-    solver : {"homotopy", "ista", "fista", "mosek", "clarabel"}
-    z0 : array_like, shape (n,), optional
-        Warm start; any point will do. homotopy first tries its support and signs, ista and fista
-        start from it, mosek and clarabel have no use for it.
-
-    Returns
-    -------
-    Solution
-        A solver that stops short says so in `converged` and does not raise.
-
-    Raises
-    ------
-    ValueError
-        Mis-shaped or non-finite A, b, z0; negative or non-finite lam; unknown solver.
-    SolverUnavailable
-        mosek or clarabel without its package, mosek without a licence.
-    """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-    A, b, lam, z0, size_A, size_b = _validate(A, b, lam, z0)
-    external = solver in ("mosek", "clarabel")
-    if external:
-        _require(solver)
-    lam_max = _largest(A.T.dot(b))
-    if lam >= lam_max:
-        return Solution(np.zeros(A.shape[1]), 0.0, 0, True, solver)
-
-    # The same problem with A and b of order one, where the constants above and the interior-point
-    # codes' absolute tolerances mean something. Powers of two, so that nothing is rounded.
-    scale_A, scale_b = 2.0 ** math.frexp(size_A)[1], 2.0 ** math.frexp(size_b)[1]
-    A, b = A / scale_A, b / scale_b
-    lam, lam_max = lam / (scale_A * scale_b), lam_max / (scale_A * scale_b)
-    z0 = None if z0 is None else z0 * (scale_A / scale_b)
-    if external:
-        z, n_iter, solved = _cvxpy(A, b, lam, solver)
-    elif solver == "homotopy":
-        z, n_iter, solved = _homotopy(A, b, lam, lam_max, z0)
-    else:
-        z, n_iter, solved = _proximal_gradient(A, b, lam, solver, z0)
-    gap = _gap(A, b, z, lam) / (0.5 * float(b.dot(b)))
-    return Solution(z * (scale_b / scale_A), gap, n_iter, solved and gap <= TOLERANCE, solver)
+    return A, b, lam, z, size_A
 
 
 # ------------------------------------------------------------------------------ homotopy
 
 
-def _homotopy(A, b, lam, lam_max, z0):
+def _homotopy(A, b, lam, z0):
     """Exact solution: warm start or path, then an active-set method that accepts or repairs.
 
     At an optimum, with r = b - A z, A_j^T r = lam sign(z_j) on the support and |A_j^T r| <= lam
@@ -262,15 +204,13 @@ def _homotopy(A, b, lam, lam_max, z0):
     one linear solve, and a path led astray (ties: columns joining and leaving at one lam) costs
     a few more instead of the answer.
     """
-    # Twelve digits of lam_max are what rounding leaves of A^T (b - A z).
-    slack = 1e-9 * lam + 1e-12 * lam_max
     n_iter = 0
     if z0 is not None and 0 < np.count_nonzero(z0) <= A.shape[0]:
-        z, n_iter, solved = _active_set(A, b, lam, z0, slack, only_if_near=True)
+        z, n_iter, solved = _active_set(A, b, lam, z0, only_if_near=True)
         if solved:
             return z, n_iter, True
     z, n_path = _path(A, b, lam)
-    z, n_more, solved = _active_set(A, b, lam, z, slack)
+    z, n_more, solved = _active_set(A, b, lam, z)
     return z, n_iter + n_path + n_more, solved
 
 
@@ -364,7 +304,7 @@ def _path(A, b, lam):
     return z, n_iter
 
 
-def _active_set(A, b, lam, z, slack, only_if_near=False):
+def _active_set(A, b, lam, z, only_if_near=False):
     """Minimise from z by an active-set method on (support, signs) [4]_.
 
     Solve on the support with the signs held. If a sign would change, go only as far as the first
@@ -387,6 +327,7 @@ def _active_set(A, b, lam, z, slack, only_if_near=False):
     """
     n = A.shape[1]
     s = np.sign(z)
+    slack = 1e-9 * lam + 1e-12  # lam_max is in [1/2, 1): rounding leaves twelve digits of A^T r
     visited, n_iter, solved = set(), 0, False
     while True:
         n_iter += 1
@@ -437,100 +378,205 @@ def _active_set(A, b, lam, z, slack, only_if_near=False):
 
 # ------------------------------------------------------------------------------ first order
 
+def _ista(A, b, lam, z0):
+    """Proximal gradient: z <- prox(z - A^T (A z - b) / L), prox = soft_threshold(., lam / L).
 
-def _proximal_gradient(A, b, lam, solver, z0):
-    """Run ista or fista until the relative gap is within `TOLERANCE` or `MAX_ITER` is reached."""
+    L = ||A||_2^2 is the Lipschitz constant of the gradient. No step raises the objective.
+    """
+    return _proximal_gradient(A, b, lam, z0, momentum=False)
+
+
+def _fista(A, b, lam, z0):
+    """The same from a point ahead of z [6]_, restarted when the momentum points uphill [7]_.
+
+    A step may raise the objective, but on the support.
+    """
+    return _proximal_gradient(A, b, lam, z0, momentum=True)
+
+
+def _proximal_gradient(A, b, lam, z0, momentum):
+    """Gradient steps until the signs rest, then `_support_step` to the minimum on them [8]_.
+
+    Gradient steps alone find the signs of the large entries soon, but the entries converge at the
+    rate of the condition number of A_S^T A_S, 1e6 and more. Where the signs are right, one solve
+    is the rest of the way. Where they are not, the next gradient steps start from the minimum on
+    the support, so that only columns with |A_j^T r| > lam join. A warm start begins with its own
+    support.
+    """
+    L = np.linalg.norm(A, 2) ** 2
     z = np.zeros(A.shape[1]) if z0 is None else z0
-    iterates = _ista_iterates(A, b, lam, z) if solver == "ista" else _fista_iterates(A, b, lam, z)
-    enough = TOLERANCE * 0.5 * float(b.dot(b))
-    for n_iter, z in enumerate(islice(iterates, MAX_ITER), 1):
-        # A gap costs as much as an iteration or two. n_iter = 1 lets a good z0 end at once.
-        if n_iter % GAP_EVERY == 1 and _gap(A, b, z, lam) <= enough:
-            break
-    return z, n_iter, True
-
-
-def _ista_iterates(A, b, lam, z):
-    """Proximal gradient: z <- prox(z - A^T (A z - b) / L) with prox = soft_threshold(., lam / L).
-
-    L = ||A||_2^2 is the Lipschitz constant of the gradient, so the objective never rises. Yields
-    the iterate after each step, without end.
-    """
-    L = np.linalg.norm(A, 2) ** 2
-    while True:
-        z = soft_threshold(z - A.T.dot(A.dot(z) - b) / L, lam / L)
-        yield z
-
-
-def _fista_iterates(A, b, lam, z):
-    """Accelerated proximal gradient [6]_, restarted when the momentum points uphill [7]_.
-
-    Yields the iterate after each step, without end; the objective may rise between two of them.
-    """
-    L = np.linalg.norm(A, 2) ** 2
-    y, t = z, 1.0
-    while True:
+    enough = TOLERANCE * 0.5 * b.dot(b)
+    y, t, rested = z, 1.0, REST
+    for n_iter in range(1, MAX_ITER + 1):
+        if rested >= REST and z.any():
+            z, minimal = _support_step(A, b, lam, z, RIDGE * L)
+            y, t = z, 1.0
+            if minimal:
+                if _gap(A, b, z, lam) <= enough:
+                    break
+                rested = 0
+            continue
         z_last = z
-        z = soft_threshold(y - A.T.dot(A.dot(y) - b) / L, lam / L)
-        if (y - z).dot(z - z_last) > 0.0:  # y - z is the (proximal) gradient, up to a factor
+        z = soft_threshold(y + A.T.dot(b - A.dot(y)) / L, lam / L)
+        if not momentum or (y - z).dot(z - z_last) > 0.0:  # y - z: the gradient, up to a factor
             y, t = z, 1.0
         else:
             t_last, t = t, 0.5 + math.sqrt(0.25 + t * t)
             y = z + (t_last - 1.0) / t * (z - z_last)
-        yield z
+        rested = rested + 1 if (np.sign(z) == np.sign(z_last)).all() else 0
+    return z, n_iter, True
+
+
+def _support_step(A, b, lam, z, ridge):
+    """Newton step on the support S of z with its signs s held, searched for the least objective.
+
+    With the signs held, P is the quadratic 1/2 ||A_S x - b||^2 + lam s^T x, and the step d solves
+
+        (A_S^T A_S + ridge I) d = A_S^T (b - A_S x) - lam s.
+
+    Where S has more columns than A_S has rank, the ridge makes d go along the null space of A_S in
+    which ||x||_1 falls. Entries that would change sign stop at zero [9]_. On such a line P is
+    convex between the points where an entry stops, and the least of these, of x and of x + d is
+    taken. So the objective never rises.
+
+    Returns
+    -------
+    z : ndarray, shape (n,)
+    minimal : bool
+        No entry stopped: z is the minimum on its signs, or all that rounding allows.
+    """
+    S = z.nonzero()[0]
+    x, A_S = z[S], A.take(S, axis=1)
+    H = A_S.T.dot(A_S)
+    H.flat[:: len(S) + 1] += ridge
+    d = np.linalg.solve(H, A_S.T.dot(b - A_S.dot(x)) - np.copysign(lam, x))
+    with np.errstate(divide="ignore", over="ignore"):
+        stop = -x / d  # where the entry reaches zero; behind x if negative
+    steps = np.concatenate(([0.0, 1.0], stop[(0.0 < stop) & (stop < 1.0)]))[:, None]
+    X = np.where((stop <= 0.0) | (steps < stop), x + steps * d, 0.0)  # a candidate in each row
+    R = b - X.dot(A_S.T)
+    best = (0.5 * (R * R).sum(axis=1) + lam * np.abs(X).sum(axis=1)).argmin()
+    z = np.zeros(len(z))
+    z[S] = X[best]
+    return z, best < 2
 
 
 # ------------------------------------------------------------------------------ interior point
 
-
-def _require(solver):
-    """Raise SolverUnavailable unless mosek or clarabel can be run through CVXPY."""
-    free = "homotopy, ista and fista need neither package nor licence"
-    for package in ("cvxpy", solver):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                module = importlib.import_module(package)
-        except ImportError:
-            raise SolverUnavailable(
-                f"solver {solver!r} needs the package {package} (pip install {package}); {free}"
-            ) from None
-    if solver == "mosek":
-        try:
-            with module.Env() as env:
-                env.checkoutlicense(module.feature.pton)
-        except module.Error:
-            raise SolverUnavailable(
-                "no MOSEK licence in ~/mosek/mosek.lic or where MOSEKLM_LICENSE_FILE points; "
-                f"{free}, clarabel needs no licence"
-            ) from None
+def _mosek(A, b, lam, z0):
+    """Interior point through CVXPY; needs a licence. z0 is of no use."""
+    cvxpy, mosek = _import("cvxpy", "mosek"), _import("mosek", "mosek")
+    try:
+        with mosek.Env() as env:
+            env.checkoutlicense(mosek.feature.pton)
+    except mosek.Error:
+        raise SolverUnavailable(
+            "no MOSEK licence in ~/mosek/mosek.lic or where MOSEKLM_LICENSE_FILE points; "
+            f"{FREE}, clarabel needs no licence"
+        ) from None
+    names = ("PFEAS", "DFEAS", "REL_GAP", "MU_RED")
+    params = {f"MSK_DPAR_INTPNT_CO_TOL_{name}": 1e-12 for name in names}
+    return _interior_point(cvxpy, A, b, lam, "MOSEK", mosek_params=params)
 
 
-def _cvxpy(A, b, lam, solver):
-    """Solve by an interior-point code, with tolerances far below its default ones.
+def _clarabel(A, b, lam, z0):
+    """Interior point through CVXPY; free. z0 is of no use."""
+    cvxpy, _ = _import("cvxpy", "clarabel"), _import("clarabel", "clarabel")
+    tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
+    return _interior_point(cvxpy, A, b, lam, "CLARABEL", **tolerances)
 
-    P / lam is what is minimised: at the optimum ||A z - b|| is of the order of lam, and P of the
-    order of lam ||z||_1 would be lost under the tolerances.
+
+def _import(package, solver):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return importlib.import_module(package)
+    except ImportError:
+        raise SolverUnavailable(
+            f"solver {solver!r} needs the package {package} (pip install {package}); {FREE}"
+        ) from None
+
+
+def _interior_point(cvxpy, A, b, lam, name, **options):
+    """Minimise P / lam: at the optimum ||A z - b|| is of the order of lam, and P, of the order of
+    lam ||z||_1, would be lost under the tolerances, though they are far below the default ones.
     """
-    import cvxpy as cp
-
-    options = {
-        "clarabel": {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12},
-        "mosek": {
-            "mosek_params": {
-                f"MSK_DPAR_INTPNT_CO_TOL_{name}": 1e-12
-                for name in ("PFEAS", "DFEAS", "REL_GAP", "MU_RED")
-            }
-        },
-    }[solver]
-    z = cp.Variable(A.shape[1])
-    loss = 0.5 * cp.sum_squares(A @ z - b)
-    problem = cp.Problem(cp.Minimize(loss / lam + cp.norm1(z) if lam > 0.0 else loss))
+    z = cvxpy.Variable(A.shape[1])
+    loss = 0.5 * cvxpy.sum_squares(A @ z - b)
+    problem = cvxpy.Problem(cvxpy.Minimize(loss / lam + cvxpy.norm1(z) if lam > 0.0 else loss))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        try:
-            problem.solve(solver=solver.upper(), **options)
-        except cp.SolverError:
-            return np.zeros(A.shape[1]), 0, False
+        with contextlib.suppress(cvxpy.SolverError):
+            problem.solve(solver=name, **options)
     if z.value is None:
         return np.zeros(A.shape[1]), 0, False
     return np.asarray(z.value), int(problem.solver_stats.num_iters or 0), True
+
+
+# ------------------------------------------------------------------------------ recovery
+
+# What every solver is, as `recover` calls it:
+#
+#     solve(A, b, lam, z0) -> z, n_iter, solved
+#
+# The problem comes scaled by powers of two, so that no digit is lost: the largest entry of A and
+# lam_max = ||A^T b||_inf lie in [1/2, 1), and 0 <= lam < lam_max. z0 is a code in that scale or
+# None, for a cold start. All arrays are float64, and not to be written to. The function returns
+#
+#     z        float64 (n,), in the same scale
+#     n_iter   int, for information
+#     solved   False if it knows that it failed. `recover` measures the gap of z whatever it says.
+#
+# and raises SolverUnavailable if a package or a licence is missing.
+SOLVERS = {
+    "homotopy": _homotopy,
+    "ista": _ista,
+    "fista": _fista,
+    "mosek": _mosek,
+    "clarabel": _clarabel,
+}
+
+
+def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
+    """Sparse code of b in the dictionary A: argmin_z 1/2 ||A z - b||^2 + lam ||z||_1 [1]_.
+
+    Parameters
+    ----------
+    A : array_like, shape (m, n)
+        Dictionary. Any rank; columns may be equal or zero.
+    b : array_like, shape (m,)
+    lam : float, >= 0
+        With lam >= lam_max = ||A^T b||_inf the code is exactly 0. At lam = 0 every least-squares
+        solution is optimal; homotopy from a cold start returns the end of its path, which is one
+        of least l1 norm.
+    solver : {"homotopy", "ista", "fista", "mosek", "clarabel"}, or another name in `SOLVERS`
+    z0 : array_like, shape (n,), optional
+        Warm start; any point will do. homotopy first tries its support and signs, ista and fista
+        start from it, mosek and clarabel have no use for it.
+
+    Returns
+    -------
+    Solution
+        A solver that stops short says so in `converged` and does not raise.
+
+    Raises
+    ------
+    ValueError
+        Mis-shaped or non-finite A, b, z0; negative or non-finite lam; unknown solver.
+    SolverUnavailable
+        mosek or clarabel without its package, mosek without a licence; not if the code is 0.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+    A, b, lam, z0, size_A = _validate(A, b, lam, z0)
+    lam_max = _largest(A.T.dot(b))
+    if lam >= lam_max:
+        return Solution(np.zeros(A.shape[1]), 0.0, 0, True, solver)
+
+    # Powers of two, so that nothing is rounded.
+    scale_A = 2.0 ** math.frexp(size_A)[1]
+    scale_b = 2.0 ** math.frexp(lam_max / scale_A)[1]
+    A, b, lam = A / scale_A, b / scale_b, lam / (scale_A * scale_b)
+    z0 = None if z0 is None else z0 * (scale_A / scale_b)
+    z, n_iter, solved = SOLVERS[solver](A, b, lam, z0)
+    gap = _gap(A, b, z, lam) / (0.5 * float(b.dot(b)))
+    return Solution(z * (scale_b / scale_A), gap, n_iter, solved and gap <= TOLERANCE, solver)
