@@ -59,8 +59,8 @@ class Images:
 
     def subset(self, index):
         """The images at ``index`` (an int64 tensor, any device), copied."""
-        index = index.to(self.labels.device)
         with _enough_memory(self.images.device):
+            index = index.to(self.labels.device)
             return replace(self, images=self.images[index], labels=self.labels[index])
 
     def batches(self, batch_size, **options):
