@@ -148,7 +148,9 @@ class Batches(data.Batches):
     def __iter__(self):
         for batch in self._read():
             if isinstance(batch, UserError):
-                raise batch
+                # A copy, for a raised error refers to this frame: in a cycle with it, the loader
+                # would be left to the garbage collector, and its workers linger for seconds.
+                raise UserError(str(batch))
             pixels, labels = (part.to(self.images.device, non_blocking=True) for part in batch)
             yield data.normalize(pixels.permute(0, 3, 1, 2), MEAN, STD, self.memory_format), labels
 
