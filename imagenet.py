@@ -187,8 +187,9 @@ class _Plan:
             return
         g = self.generator
         device = g.device if g else "cpu"
-        order = torch.randperm(self.images, generator=g, device=device).cpu()
-        seeds = torch.randint(SEEDS, (self.images,), generator=g, device=device).cpu()
+        order = torch.randperm(self.images, generator=g, device=device)
+        seeds = torch.randint(SEEDS, (self.images,), generator=g, device=device)
+        order, seeds = torch.stack((order, seeds)).cpu()  # a pass's only host sync
         for share in self.slices:
             index = order[share]
             yield list(zip(index.tolist(), seeds[index].tolist(), strict=True))
