@@ -721,6 +721,16 @@ def test_images_larger_than_the_memory(tmp_path, dataset):
     assert "batch" not in str(info.value) and "--device" not in str(info.value)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_that_ends_while_a_file_is_decoded(tmp_path, monkeypatch, workers):
+    def convert(image):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "_to_rgb", convert)
+    with pytest.raises(UserError, match=f"the machine has too little memory.*{HELP}"):
+        data.load("imagefolder", minimal(tmp_path), 8, workers=workers)
+
+
 def test_a_device_too_small_for_the_data(tmp_path, monkeypatch):
     def move(self, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\n\nMore")
