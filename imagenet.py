@@ -156,7 +156,8 @@ class Batches(data.Batches):
                 # would be left to the garbage collector, and its workers linger for seconds.
                 raise UserError(str(batch))
             pixels, labels = (part.to(self.images.device, non_blocking=True) for part in batch)
-            yield data.normalize(pixels.permute(0, 3, 1, 2), MEAN, STD, self.memory_format), labels
+            x, images = pixels.permute(0, 3, 1, 2), self.images
+            yield data.normalize(x, images.mean, images.std, self.memory_format), labels
 
     def _read(self):
         try:
