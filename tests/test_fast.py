@@ -83,7 +83,7 @@ def results(net, x, y, fixed=""):
     fixed : {"", "weights", "points"}
         Parameters of a supernet for which no gradients are computed.
     """
-    before = copy.deepcopy(net.state_dict())
+    before = statistics(net)
     trains = {p: p.requires_grad for p in net.parameters()}
     if fixed:
         for p in net.weight_parameters() if fixed == "weights" else net.arch_parameters():
@@ -96,7 +96,8 @@ def results(net, x, y, fixed=""):
     for name, p in net.named_parameters():
         found[f"gradient of {name}"], p.grad = p.grad, None
         p.requires_grad_(trains[p])
-    net.load_state_dict(before)
+    for name, value in before.items():
+        net.get_buffer(name).copy_(value)
     return found
 
 
@@ -262,7 +263,7 @@ def test_an_input_may_be_used_again():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_two_stage(seed):
     net = supernet(seed)
     x, y = batch()
@@ -280,7 +281,7 @@ def test_float32_and_threads(two_threads):
     compare(net, x, y, fixed="points")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_one_stage(seed):
     net = supernet(seed, one_stage=True, auxiliary=True)
     x, y = batch()
@@ -337,17 +338,22 @@ def test_without_gradients(net, mode):
 
 @pytest.mark.parametrize("one_stage", [False, True])
 def test_autocast(one_stage):
-    """In bfloat16 the two forms do not round alike, but nearly."""
+    """In bfloat16 the two forms do not round alike, but one is as near the truth as the other."""
     net = randomized(Network(4, 10, 3, one_stage=one_stage), 2)
     x, y = batch(8, dtype=torch.float32)
-    expected = results(net, x, y)
+    truth = results(net, x, y)
     with torch.autocast("cpu", torch.bfloat16):
-        found = results(accelerated(net), x, y)
-    assert found["logits"].dtype == torch.bfloat16
-    for name, value in expected.items():
-        if name == "logits" or (value is not None and "gradient of normal_code" in name):
-            error = (found[name] - value).abs().max() / value.abs().max()
-            assert error < 0.2, name
+        ours, plain = results(accelerated(net), x, y), results(net, x, y)
+    assert ours["logits"].dtype == torch.bfloat16
+
+    def error(found, what):
+        names = [k for k, v in truth.items() if what in k and v is not None]
+        a, b = (torch.cat([r[k].float().flatten() for k in names]) for r in (found, truth))
+        return (a - b).norm() / b.norm()
+
+    for what in ("logits", "gradient of cells", "gradient of normal_code", "running_var"):
+        assert error(ours, what) < 0.25, what
+        assert error(ours, what) < 2 * error(plain, what), what
 
 
 # ------------------------------------------------------------------------------------------------
