@@ -12,9 +12,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S); set -ex; \
 	$(BIN)/python search.py --dataset digits --init_channels 8 --layers 3 --batch_size 32 \
-	    --epochs 10 --arch_learning_rate 0.01 --save $$run/search; \
+	    --epochs 10 --learning_rate 0.0125 --arch_learning_rate 0.01 --save $$run/search; \
 	$(BIN)/python train.py --arch $$run/search/genotype.json --dataset digits \
-	    --init_channels 8 --layers 5 --batch_size 32 --epochs 12 --save $$run/train
+	    --init_channels 8 --layers 5 --batch_size 32 --epochs 12 --learning_rate 0.0083 \
+	    --save $$run/train
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash"

@@ -89,7 +89,8 @@ def command(prog):
 # Runs
 # ------------------------------------------------------------------------------------------------
 
-FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data"}  # at a resumption
+# What may be given anew at a resumption.
+FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs"}
 
 
 class Run:

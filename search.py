@@ -26,6 +26,7 @@ import data
 import distributed
 import fast
 import genotypes
+import graphs
 import imagenet
 import runs
 import utils
@@ -35,10 +36,14 @@ from model_search import Network
 RESTLESS = 20  # epochs in a row with a change of support, from which on it is worth a warning
 
 
+def get_args_parser():
+    return arguments.get_search_parser(__doc__)
+
+
 def main(args):
     run = runs.Run("search", args)
     args, checkpoint = run.args, run.checkpoint
-    device = utils.choose_device(args.device, args.amp)
+    device = utils.choose_device(args.device, args.amp, args.cuda_graphs)
     generator = utils.seed_everything(args.seed, device)
     memory_format = utils.memory_format(device, args.amp)
 
@@ -74,6 +79,7 @@ def main(args):
         epoch, schedule_start, row = (checkpoint[k] for k in ("epoch", "schedule_start", "row"))
         weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
         arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
+        arch_optimizer.param_groups[0]["capturable"] = args.cuda_graphs
         utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:
         report(run, net.recover(args.solver))
@@ -168,7 +174,7 @@ def two_stage_epoch(
         meter.add(loss, logits, y)
 
     net.train()
-    step = fast.graphed(step, args.cuda_graphs and args.recover_every == "epoch")
+    step = graphs.graphed(step, args.cuda_graphs and args.recover_every == "epoch")
     pairs = zip(batches, arch_batches.endless(), strict=False)
     for steps, ((x, y), (x_arch, y_arch)) in enumerate(pairs, (epoch - 1) * len(batches) + 1):
         step(x, y, x_arch, y_arch)
@@ -210,7 +216,7 @@ def one_stage_epoch(net, parallel, batches, weight_optimizer, arch_optimizer, ar
         meter.add(loss, logits, y)
 
     net.train()
-    step = fast.graphed(step, args.cuda_graphs)
+    step = graphs.graphed(step, args.cuda_graphs)
     for x, y in batches:
         step(x, y)
         progress.step(meter)
@@ -280,7 +286,7 @@ def optimizers(net, args):
     )
     arch_optimizer = torch.optim.Adam(
         net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
-        weight_decay=args.arch_weight_decay, fused=True,
+        weight_decay=args.arch_weight_decay, fused=True, capturable=args.cuda_graphs,
     )
     return weight_optimizer, arch_optimizer
 
@@ -449,4 +455,4 @@ def finish(run, net, images, held_out_batches, row):
 
 if __name__ == "__main__":
     with runs.command("search.py"):
-        main(arguments.get_search_parser(__doc__).parse_args())
+        main(get_args_parser().parse_args())

@@ -26,11 +26,16 @@ import data
 import distributed
 import fast
 import genotypes
+import graphs
 import imagenet
 import model
 import runs
 import utils
 import visualize
+
+
+def get_args_parser():
+    return arguments.get_train_parser(__doc__)
 
 
 def main(args):
@@ -41,7 +46,7 @@ def main(args):
     args, checkpoint = run.args, run.checkpoint
     source = checkpoint or source
     config = network_config(args, source)
-    device = utils.choose_device(args.device, args.amp)
+    device = utils.choose_device(args.device, args.amp, args.cuda_graphs)
     generator = utils.seed_everything(args.seed, device)
     memory_format = utils.memory_format(device, args.amp)
 
@@ -145,7 +150,7 @@ def train_epoch(net, parallel, batches, optimizer, args, progress):
         meter.add(loss, logits, y)
 
     net.train()
-    step = fast.graphed(step, args.cuda_graphs)
+    step = graphs.graphed(step, args.cuda_graphs)
     for x, y in batches:
         step(x, y)
         progress.step(meter)
@@ -294,4 +299,4 @@ def told(measured):
 
 if __name__ == "__main__":
     with runs.command("train.py"):
-        main(arguments.get_train_parser(__doc__).parse_args())
+        main(get_args_parser().parse_args())

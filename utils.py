@@ -68,7 +68,7 @@ def replacing(path):
 # ------------------------------------------------------------------------------------------------
 
 
-def choose_device(name, amp=False):
+def choose_device(name, amp=False, cuda_graphs=False):
     """The torch.device of --device, made the current one; by default CUDA, else the CPU.
 
     Of several ranks on a machine, each has a CUDA device of its own.
@@ -78,6 +78,8 @@ def choose_device(name, amp=False):
     name : str or None
     amp : bool
         Whether the device is to compute in bfloat16.
+    cuda_graphs : bool
+        Whether steps are to be recorded as CUDA graphs.
 
     Raises
     ------
@@ -91,8 +93,10 @@ def choose_device(name, amp=False):
         if name != "cuda":
             raise UserError(f"--device {name}: each rank takes a device of its own: give cuda")
         if 0 < devices < ranks:
-            raise UserError(f"{ranks} ranks on a machine with {devices} CUDA devices: give "
-                            f"torchrun --nproc_per_node={devices}, or --device cpu")
+            raise UserError(
+                f"more ranks ({ranks}) than CUDA devices ({devices}) on this machine: give "
+                f"torchrun --nproc_per_node={devices}, or --device cpu"
+            )
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
@@ -111,9 +115,13 @@ def choose_device(name, amp=False):
     if device.type == "cuda":
         # Emulated, bfloat16 is some 40 times the kernels of a step.
         if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating "
-                            "it is slower than float32: leave it out")
+            raise UserError(
+                f"--amp: {torch.cuda.get_device_name()} has no bfloat16, and emulating it is "
+                "slower than float32: leave it out, or give --device cpu"
+            )
         torch.backends.cudnn.benchmark = True  # a run has few shapes, each of them many times
+    if cuda_graphs and (device.type != "cuda" or distributed.world_size() > 1):
+        raise UserError("--cuda_graphs needs a single rank on a CUDA device: leave it out")
     return device
 
 
