@@ -1,7 +1,6 @@
 """Measure what a step costs, against the plain form of the same step, in one table.
 
-    python benchmarks/bench.py                  # a few minutes on a CPU
-    python benchmarks/bench.py --quick          # fewer repetitions
+    python benchmarks/bench.py                  # a few minutes on a CPU; --quick: fewer repetitions
     python benchmarks/bench.py --device cuda --out bench.json
 
 Ours are the epoch functions of `search.py` and `train.py` on the network that `fast.accelerate`
@@ -39,10 +38,8 @@ try:
 except ImportError:
     transforms = None
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import arguments
 import data
 import fast
 import genotypes
@@ -54,6 +51,7 @@ from genotypes import NODES, PRIMITIVES
 from model import NetworkCIFAR
 from model_search import Network
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 KINDS = {
     "two-stage": "two-stage step: C=16, 8 cells, batch 64 + 64",
@@ -63,20 +61,12 @@ KINDS = {
 BATCH = {"two-stage": 64, "retraining": 8, "one-stage": 8}
 
 
-# ---------------------------------------------------------------------------- The plain step
-
-
-def plain_optimizers(net, args):
-    """SGD on the weights and, for a supernet, Adam on the points b; one parameter at a time."""
-    points = net.arch_parameters() if isinstance(net, Network) else []
-    weights = net.weight_parameters() if points else net.parameters()
-    sgd = torch.optim.SGD(
-        weights, args.learning_rate, args.momentum, weight_decay=args.weight_decay, foreach=False
-    )
-    return [sgd, torch.optim.Adam(
-        points, args.arch_learning_rate, betas=(0.5, 0.999),
-        weight_decay=args.arch_weight_decay, foreach=False,
-    )] if points else [sgd]
+def one_by_one(optimizers):
+    """Have optimizers take their parameters one at a time, as they do by default on a CPU."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(foreach=False, fused=False)
+    return optimizers
 
 
 def plain_step(net, optimizers, args, batch, arch_batch=None):
@@ -110,7 +100,9 @@ def plain_step(net, optimizers, args, batch, arch_batch=None):
     sgd.step()
 
 
-# ---------------------------------------------------------------------------- What is measured
+# ------------------------------------------------------------------------------------------------
+# What is measured
+# ------------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
@@ -141,35 +133,35 @@ class Clock:
     """Seconds since it was made, or since so many steps were done."""
 
     def __init__(self, device, steps=0):
-        self.device, self.left = device, steps
-        self.began = self._now()
-
-    def _now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.device, self.left, self.began = device, steps, 0
+        self.began = self.seconds()
 
     def step(self, meter=None):
         self.left -= 1
         if self.left == 0:
-            self.began = self._now()
+            self.began += self.seconds()
 
     def seconds(self):
-        return self._now() - self.began
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.began
 
 
 def build(kind, form, device, batch=None, layers=None, network=Network):
     """A network, and a function run(steps, progress) that trains it for so many steps."""
     torch.manual_seed(0)
     if kind == "retraining":
-        args = arguments.get_train_parser("").parse_args(["--arch", "ISTA_twostage"])
+        args = train.get_args_parser().parse_args(["--arch", "ISTA_twostage"])
         net = NetworkCIFAR(args.init_channels, 10, args.layers, True, genotypes.ISTA_twostage)
+        optimizers = [torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
+                                      weight_decay=args.weight_decay, foreach=True)]
     else:
-        flags = ["--one_stage"] if kind == "one-stage" else []
-        args = arguments.get_search_parser("").parse_args(flags)
+        args = search.get_args_parser().parse_args(["--one_stage"] * (kind == "one-stage"))
+        args.cuda_graphs = form.cuda_graphs
         net = network(args.init_channels, 10, layers or args.layers, one_stage=args.one_stage,
                       auxiliary=args.auxiliary)
         choose(net, genotypes.ISTA_onestage if args.one_stage else genotypes.ISTA_twostage)
+        optimizers = search.optimizers(net.to(device), args)
     args.cuda_graphs = form.cuda_graphs
     net = net.to(device, memory_format=form.memory_format).train()
 
@@ -180,24 +172,17 @@ def build(kind, form, device, batch=None, layers=None, network=Network):
 
     first, second = random_batch(), random_batch()
     if form.is_plain:
-        optimizers = plain_optimizers(net, args)
-
-        def run(steps, progress):
-            for _ in range(steps):
-                plain_step(net, optimizers, args, first, second if kind == "two-stage" else None)
-
-        return net, run
-
-    fast.accelerate(net)
-    if kind == "retraining":
-        optimizers = [torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
-                                      weight_decay=args.weight_decay, foreach=True)]
+        optimizers = one_by_one(optimizers)
     else:
-        optimizers = search.optimizers(net, args)
+        fast.accelerate(net)
 
     def run(steps, progress):
         batches, arch_batches = Batches(steps * [first]), Batches([second])
-        if kind == "retraining":
+        if form.is_plain:
+            for x in batches:
+                plain_step(net, optimizers, args, x, second if kind == "two-stage" else None)
+                progress.step()
+        elif kind == "retraining":
             train.train_epoch(net, net, batches, *optimizers, args, progress)
         elif kind == "one-stage":
             search.one_stage_epoch(net, net, batches, *optimizers, args, progress)
@@ -217,7 +202,9 @@ def choose(net, genotype):
         code.accept(codes)
 
 
-# ---------------------------------------------------------------------------- Measuring
+# ------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------
 
 
 def seconds(function, device):
@@ -284,18 +271,15 @@ def host_syncs(function, device=CPU):
 def saved_bytes(run, net, device):
     """Bytes that the forward passes of a step keep for the backward pass, parameters left out."""
     own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-    storages, alive = {}, []
+    kept = {}  # by address, and alive, so that no other tensor gets it
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no other tensor gets the same address
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run(1, Clock(device))
-    return sum(storages.values())
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
 def peak_memory(kind, form, device):
@@ -312,7 +296,9 @@ def print_peak_memory(kind, name, device):
     print(json.dumps([before, utils.peak_memory(device)]))
 
 
-# ---------------------------------------------------------------------------- The table
+# ------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------
 
 
 class Table:
@@ -374,39 +360,35 @@ def measure_recovery(table, step_seconds, repetitions):
     torch.manual_seed(0)
     net = Network(4, 10, 2)  # the size of the network does not matter
 
-    def problems():
-        return [
-            (A.numpy(), b.detach().double().numpy(), code.lam, z.numpy().copy())
-            for code in net.codes
-            for A, b, z in zip(code.A, code.b, code.z, strict=True)
-        ]
-
-    def solve(problems, warm):
-        return seconds(lambda: [
-            ista.recover(A, b, lam, z0=z if warm else None) for A, b, lam, z in problems
-        ], CPU)
+    def solve():
+        return [code.solve() for code in net.codes]
 
     def signs():
         return torch.cat([z.sign() for code in net.codes for z in code.z])
 
-    cold, warm, whole, gaps = [], [], [], []
+    cold, warm, gaps = [], [], []
     while len(warm) < repetitions:
-        for b in net.arch_parameters():
-            b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
-        cold.append(solve(problems(), warm=False))
+        for code in net.codes:
+            for b, z in zip(code.b, code.z, strict=True):
+                b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
+                z.zero_()
+        cold.append(seconds(solve, CPU))
         net.recover()
         before = signs()
         for b in net.arch_parameters():  # as the first step of Adam
-            b.data += arguments.TWO_STAGE["arch_learning_rate"] * torch.randn_like(b).sign()
-        times = solve(problems(), warm=True), seconds(net.recover, CPU)
+            b.data += 6e-4 * torch.randn_like(b).sign()
+        times = seconds(solve, CPU), seconds(net.recover, CPU)
         if torch.equal(signs(), before):  # the last support is still optimal
-            warm.append(times[0])
-            whole.append(times[1])
-        gaps += [ista.duality_gap(A, b, z, lam) / (0.5 * b @ b) for A, b, lam, z in problems()]
+            warm.append(times)
+        for code in net.codes:
+            for A, b, z in zip(code.A, code.b, code.z, strict=True):
+                b = b.detach().double().numpy()
+                gaps.append(ista.duality_gap(A.numpy(), b, z.numpy(), code.lam) / (0.5 * b @ b))
+    warm, whole = np.array(warm).T
     table.add("cold", 1e3 * np.array(cold), "ms")
-    table.add("warm: the last support is still optimal", 1e3 * np.array(warm), "ms")
-    table.add("  with the bookkeeping of the supernet", 1e3 * np.array(whole), "ms")
-    table.add("  that, of a two-stage step", 100 * np.array(whole) / step_seconds["two-stage"], "%")
+    table.add("warm: the last support is still optimal", 1e3 * warm, "ms")
+    table.add("  with the bookkeeping of the supernet", 1e3 * whole, "ms")
+    table.add("  that, of a two-stage step", 100 * whole / step_seconds["two-stage"], "%")
     table.add("largest gap, relative to ½‖b‖²", max(gaps))
     try:
         net.recover("clarabel")
@@ -458,7 +440,7 @@ class Dense(Network):
 def measure_growth(table, device, repetitions):
     """Steps in spaces of 7, 14 and 28 operations an edge, the available ones repeated."""
     published, (ours, plain, *_) = list(PRIMITIVES), forms(device)
-    for title, repetitions, options in (
+    for title, times, options in (
         ("the two-stage step", repetitions, (ours, device)),
         ("one that runs every operation: 2 cells, batch 8", 3, (plain, device, 8, 2, Dense)),
     ):
@@ -468,10 +450,10 @@ def measure_growth(table, device, repetitions):
             PRIMITIVES[:] = published * copies
             built.append(build("two-stage", *options))
         PRIMITIVES[:] = published
-        times = by_turns([step_timer(run, device) for _, run in built], repetitions)
+        taken = by_turns([step_timer(run, device) for _, run in built], times)
         saved = [saved_bytes(run, net, device) for net, run in built]
         for i, n in ((1, 14), (2, 28)):
-            table.add(f"time, {n} operations to 7", times[:, i] / times[:, 0])
+            table.add(f"time, {n} operations to 7", taken[:, i] / taken[:, 0])
             table.add(f"activation memory, {n} operations to 7", saved[i] / saved[0])
 
 

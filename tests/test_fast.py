@@ -274,7 +274,7 @@ def test_two_stage(seed):
     compare(net, x, y)
 
 
-def test_float32_and_threads(two_threads):
+def test_float32():
     net = randomized(Network(12, 10, 3), 2)
     x, y = batch(dtype=torch.float32)
     compare(net, x, y, fixed="weights")
@@ -459,22 +459,23 @@ def test_steps(monkeypatch, kind):
     batches, arch_batches = (bench.Batches(batch(8) for _ in range(3)) for _ in range(2))
     monkeypatch.setattr(utils.Meter, "read", lambda meter: (0, 0))  # the one host sync, at the end
 
+    def optimizers_of(net):
+        if isinstance(net, Network):
+            return search.optimizers(net, SETTINGS)
+        return [torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=3e-4, foreach=True)]
+
     def epoch():
+        given = *optimizers_of(ours), SETTINGS, progress
         if kind == "retraining":
-            sgd = torch.optim.SGD(ours.parameters(), 0.1, 0.9, weight_decay=3e-4, foreach=True)
-            train.train_epoch(ours, ours, batches, sgd, SETTINGS, progress)
-            return
-        both = search.optimizers(ours, SETTINGS)
-        if kind == "one-stage":
-            search.one_stage_epoch(ours, ours, batches, *both, SETTINGS, progress)
+            train.train_epoch(ours, ours, batches, *given)
+        elif kind == "one-stage":
+            search.one_stage_epoch(ours, ours, batches, *given)
         else:
-            search.two_stage_epoch(
-                ours, ours, batches, arch_batches, *both, SETTINGS, progress, epoch=1
-            )
+            search.two_stage_epoch(ours, ours, batches, arch_batches, *given, epoch=1)
 
     assert bench.host_syncs(epoch) == 0
 
-    optimizers = bench.plain_optimizers(net, SETTINGS)
+    optimizers = bench.one_by_one(optimizers_of(net))
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
 
     def plain_epoch():
