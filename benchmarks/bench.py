@@ -5,13 +5,10 @@
 
 Ours are the epoch functions of `search.py` and `train.py` on the network that `fast.accelerate`
 returns, with random images. The plain form is the network itself, in contiguous memory, with a
-step written in the most obvious way: `plain_step`.
-
-Seconds do not carry from one machine to the next, and on a busy machine not from one minute to the
-next. So all forms run by turns in one process, and what counts is the ratio. Every figure is the
-median of its repetitions, with the quartiles beside it. Memory is the peak of a process of its own
-for each form (on CUDA: of its tensors). If others use the machine at the same time, set
-OMP_NUM_THREADS=1: threads that wait for each other multiply the noise.
+step written in the most obvious way: `plain_step`. As seconds change with the machine and with
+what else it does, all forms run by turns in one process, and what counts is the ratio. Figures are
+medians of the repetitions. Memory is the peak of a process of its own (on CUDA: of its tensors).
+On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other multiply the noise.
 """
 
 import argparse
@@ -19,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,18 +30,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-try:
-    from torchvision import transforms
-except ImportError:
-    transforms = None
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import fast
 import genotypes
-import ista
 import search
 import train
 import utils
@@ -58,7 +51,6 @@ KINDS = {
     "retraining": "retraining step: ISTA_twostage, C=36, 20 cells, auxiliary, batch 8",
     "one-stage": "one-stage step: C=36, 20 cells, auxiliary, batch 8",
 }
-BATCH = {"two-stage": 64, "retraining": 8, "one-stage": 8}
 
 
 def one_by_one(optimizers):
@@ -72,14 +64,8 @@ def one_by_one(optimizers):
 def plain_step(net, optimizers, args, batch, arch_batch=None):
     """A step of either search or of retraining, as the text of the method has it.
 
-    Every pass computes the gradients of all parameters, and its loss is read at once.
-
-    Parameters
-    ----------
-    optimizers : list
-        SGD on the weights and, for a supernet, Adam on b.
-    batch, arch_batch : pairs of images and labels
-        The second one, in two-stage search, is the one on which b moves.
+    Every pass computes the gradients of all parameters, and its loss is read at once. In two-stage
+    search b moves on a batch of its own. The optimizers are SGD on the weights and maybe Adam on b.
     """
     sgd, *adam = optimizers
 
@@ -98,11 +84,6 @@ def plain_step(net, optimizers, args, batch, arch_batch=None):
         backward(*batch)
     clip_grad_norm_(sgd.param_groups[0]["params"], args.grad_clip, foreach=False)
     sgd.step()
-
-
-# ------------------------------------------------------------------------------------------------
-# What is measured
-# ------------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
@@ -166,7 +147,7 @@ def build(kind, form, device, batch=None, layers=None, network=Network):
     net = net.to(device, memory_format=form.memory_format).train()
 
     def random_batch():
-        n = batch or BATCH[kind]
+        n = batch or (64 if kind == "two-stage" else 8)
         x, y = torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
         return x.to(device).contiguous(memory_format=form.memory_format), y.to(device)
 
@@ -200,11 +181,6 @@ def choose(net, genotype):
             k = len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)
             codes[i // code.sparseness][k] = 1
         code.accept(codes)
-
-
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
 
 
 def seconds(function, device):
@@ -252,19 +228,17 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_syncs(function, device=CPU):
-    """How often a function waits for the device; on the CPU, as far as one sees, would."""
+def host_syncs(function, *args, device=CPU):
+    """How often a call waits for the device; on the CPU, as far as one sees, would."""
     if device.type != "cuda":
         with Reads() as reads, Copies() as copies:
-            function()
+            function(*args)
         return reads.count + copies.count
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        function(*args)
+        torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing" in str(warning.message) for warning in waits)
 
 
@@ -287,18 +261,6 @@ def peak_memory(kind, form, device):
     command = [sys.executable, __file__, "--device", str(device), "--memory_of", kind, form.name]
     command += ["--threads", str(torch.get_num_threads())]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-
-
-def print_peak_memory(kind, name, device):
-    before = utils.peak_memory(device)
-    _, run = build(kind, next(form for form in forms(device) if form.name == name), device)
-    run(3, Clock(device))
-    print(json.dumps([before, utils.peak_memory(device)]))
-
-
-# ------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------
 
 
 class Table:
@@ -325,36 +287,28 @@ class Table:
 
 
 def measure_steps(table, device, repetitions):
-    """The three steps in all forms; returns the seconds of ours, by kind."""
+    """Time, peak memory and host syncs of the three steps, in all forms."""
     # Memory first, while this process is small: a child inherits the peak of its parent.
     every, of = forms(device), "the tensors" if device.type == "cuda" else "the process"
-    memory = {kind: np.array([peak_memory(kind, form, device) for form in every]) for kind in KINDS}
-    step_seconds = {}
+    memory = {kind: [peak_memory(kind, form, device) for form in every] for kind in KINDS}
     for kind, title in KINDS.items():
         table.title(title)
         runs = [build(kind, form, device)[1] for form in every]
         times = by_turns([step_timer(run, device) for run in runs], repetitions)
-        step_seconds[kind] = np.median(times[:, 0])
-        before, peaks = memory[kind].T
         for i, form in enumerate(every):
+            before, peak = memory[kind][i]
             table.add(f"time, {form.name}", 1e3 * times[:, i], "ms")
-            if not form.is_plain:
-                table.add("  share of the plain form", times[:, i] / times[:, 1])
-            table.add(f"  peak memory of {of}", peaks[i], "GiB")
-            table.add("    share of the plain form", peaks[i] / peaks[1])
+            table.add("  share of the plain form", times[:, i] / times[:, 1])
+            table.add(f"  peak memory of {of}", peak, "GiB")
+            table.add("    share of the plain form", peak / memory[kind][1][1])
             if device.type != "cuda":
-                table.add("    of it before there is a network", before[i], "GiB")
+                table.add("    of it before there is a network", before, "GiB")
             if not form.cuda_graphs:  # without those at the end of an epoch
-                one, two = (
-                    host_syncs(lambda run=runs[i], n=n: run(n, Clock(device)), device)
-                    for n in (1, 2)
-                )
+                one, two = (host_syncs(runs[i], n, Clock(device), device=device) for n in (1, 2))
                 table.add("  host syncs", two - one)
-        del runs
-    return step_seconds
 
 
-def measure_recovery(table, step_seconds, repetitions):
+def measure_recovery(table, device, repetitions):
     """Cold and warm solves of all codes, of points as large as they are in a search."""
     table.title("recovery of all 8 nodes (on the CPU)")
     torch.manual_seed(0)
@@ -366,12 +320,12 @@ def measure_recovery(table, step_seconds, repetitions):
     def signs():
         return torch.cat([z.sign() for code in net.codes for z in code.z])
 
-    cold, warm, gaps = [], [], []
-    while len(warm) < repetitions:
+    cold, warm = [], []
+    while len(warm) < 20 * repetitions:
+        for b in net.arch_parameters():
+            b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
         for code in net.codes:
-            for b, z in zip(code.b, code.z, strict=True):
-                b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
-                z.zero_()
+            code.accept([np.zeros(len(z)) for z in code.z])
         cold.append(seconds(solve, CPU))
         net.recover()
         before = signs()
@@ -380,22 +334,13 @@ def measure_recovery(table, step_seconds, repetitions):
         times = seconds(solve, CPU), seconds(net.recover, CPU)
         if torch.equal(signs(), before):  # the last support is still optimal
             warm.append(times)
-        for code in net.codes:
-            for A, b, z in zip(code.A, code.b, code.z, strict=True):
-                b = b.detach().double().numpy()
-                gaps.append(ista.duality_gap(A.numpy(), b, z.numpy(), code.lam) / (0.5 * b @ b))
     warm, whole = np.array(warm).T
     table.add("cold", 1e3 * np.array(cold), "ms")
     table.add("warm: the last support is still optimal", 1e3 * warm, "ms")
     table.add("  with the bookkeeping of the supernet", 1e3 * whole, "ms")
-    table.add("  that, of a two-stage step", 100 * whole / step_seconds["two-stage"], "%")
-    table.add("largest gap, relative to ½‖b‖²", max(gaps))
-    try:
-        net.recover("clarabel")
-        times = [seconds(lambda: net.recover("clarabel"), CPU) for _ in range(5)]
-        table.add("CVXPY with Clarabel", 1e3 * np.array(times), "ms")
-    except ista.SolverUnavailable:
-        print("  (CVXPY and Clarabel are not installed)")
+    net.recover("clarabel")
+    times = [seconds(lambda: net.recover("clarabel"), CPU) for _ in range(repetitions)]
+    table.add("CVXPY with Clarabel, and the bookkeeping", 1e3 * np.array(times), "ms")
 
 
 def measure_data(table, device, repetitions):
@@ -407,24 +352,24 @@ def measure_data(table, device, repetitions):
     pixels, labels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
     images = data.Images(pixels.to(device), labels.to(device), list("0123456789"), mean, std)
     batches = images.batches(size, train=True, memory_format=utils.memory_format(device, False))
-    timers = [lambda: seconds(lambda: [None for _ in batches], device)]
-    if transforms:
-        pil = [transforms.ToPILImage()(image) for image in pixels]
-        transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(mean, std),
-        ])
-        timers.append(lambda: seconds(lambda: [
-            torch.stack([*map(transform, pil[i : i + size])]) for i in range(0, n, size)
-        ], CPU))
-    times = by_turns(timers, repetitions, warm_up=1)
+    pil = [transforms.ToPILImage()(image) for image in pixels]
+    transform = transforms.Compose([
+        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(mean, std),
+    ])
+
+    def ours():
+        return seconds(lambda: [None for _ in batches], device)
+
+    def torchvision():
+        parts = (pil[i : i + size] for i in range(0, n, size))
+        return seconds(lambda: [torch.stack([*map(transform, part)]) for part in parts], CPU)
+
+    times = by_turns([ours, torchvision], repetitions, warm_up=1)
     torch.set_num_threads(threads)
     table.add("ours", n / times[:, 0], "/s")
-    if transforms:
-        table.add("torchvision", n / times[:, 1], "/s")
-        table.add("ours, times those of torchvision", times[:, 1] / times[:, 0])
-    else:
-        print("  (torchvision is not installed)")
+    table.add("torchvision on PIL images", n / times[:, 1], "/s")
+    table.add("ours, times torchvision's", times[:, 1] / times[:, 0])
 
 
 class Dense(Network):
@@ -484,15 +429,13 @@ def measure_start(table, device, repetitions):
 
 def machine(device):
     """What the figures depend on."""
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((s.split(": ")[1] for s in lines if "model name" in s), processor)
-    gpu = dict(gpu=torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        processor = (re.findall("model name.*: (.*)", cpuinfo.read_text()) or [processor])[0]
     return dict(
-        device=str(device), **gpu, processor=processor, cores=os.cpu_count(),
-        threads=torch.get_num_threads(), torch=torch.__version__,
-        python=platform.python_version(), system=platform.system(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(),
+        torch=torch.__version__, python=platform.python_version(), system=platform.system(),
     )
 
 
@@ -510,15 +453,16 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        return print_peak_memory(*args.memory_of, device)
+        kind, name = args.memory_of
+        before, form = utils.peak_memory(device), {form.name: form for form in forms(device)}[name]
+        build(kind, form, device)[1](3, Clock(device))
+        print(json.dumps([before, utils.peak_memory(device)]))
+        return
 
-    about, repetitions, table = machine(device), 3 if args.quick else 9, Table()
+    about, table = machine(device), Table()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    step_seconds = measure_steps(table, device, repetitions)
-    measure_recovery(table, step_seconds, 20 * repetitions)
-    measure_data(table, device, repetitions)
-    measure_growth(table, device, repetitions)
-    measure_start(table, device, repetitions)
+    for measure in measure_steps, measure_recovery, measure_data, measure_growth, measure_start:
+        measure(table, device, repetitions=3 if args.quick else 9)
     if args.out:
         with open(args.out, "w") as file:
             json.dump({"machine": about, "figures": table.rows}, file, indent=1)
