@@ -54,6 +54,16 @@ def once(x, name, compute):
     return getattr(x, name)
 
 
+def once_a_pass(x, name, compute):
+    """As `once`, for what depends on the values of x, through which a gradient may flow."""
+    if x.is_inference() or (x.is_leaf and x.requires_grad):  # may be changed, or used again
+        return compute(x)
+    state = x._version, torch.is_grad_enabled()
+    if getattr(x, name, (None,))[0] != state:
+        setattr(x, name, (state, compute(x)))
+    return getattr(x, name)[1]
+
+
 # ------------------------------------------------------------------------------------------------
 # Layers and operations
 # ------------------------------------------------------------------------------------------------
@@ -73,7 +83,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         if w is not None and self.affine and scale.requires_grad:
             scale, shift = w * scale, w * shift
         elif w is not None:  # where they do not train, the supernet holds γ = 1 and β = 0
-            scale, shift = once(w, f"_expanded_to_{self.num_features}", self._expand), None
+            name = f"_expanded_to_{self.num_features}"
+            scale, shift = once_a_pass(w, name, self._expand), None
         if self.running_mean.is_cuda:
             scale = once(self.running_mean, "_ones", torch.ones_like) if scale is None else scale
             shift = once(self.running_mean, "_zeros", torch.zeros_like) if shift is None else shift
@@ -87,7 +98,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class ReLUConvBN(operations.ReLUConvBN):
     def forward(self, x, w=None):
         _, conv, norm = self.op
-        x = once(x, "_relu", F.relu)
+        x = once_a_pass(x, "_relu", F.relu)
         if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
             return norm(pointwise(x, conv.weight), w)
         return norm(conv(x), w)
@@ -96,19 +107,19 @@ class ReLUConvBN(operations.ReLUConvBN):
 class SepConv(operations.SepConv):
     def forward(self, x, w=None):
         _, depthwise, point, norm, relu, *second = self.op
-        x = separable(once(x, "_relu", F.relu), depthwise, point, norm)
+        x = separable(once_a_pass(x, "_relu", F.relu), depthwise, point, norm)
         x = F.relu(x, inplace=True)  # BatchNorm's backward pass needs its input, not its output
         return separable(x, *second, w)
 
 
 class DilConv(operations.DilConv):
     def forward(self, x, w=None):
-        return separable(once(x, "_relu", F.relu), *self.op[1:], w)
+        return separable(once_a_pass(x, "_relu", F.relu), *self.op[1:], w)
 
 
 class FactorizedReduce(operations.FactorizedReduce):
     def forward(self, x, w=None):
-        even, odd = diagonal(once(x, "_relu", F.relu))
+        even, odd = diagonal(once_a_pass(x, "_relu", F.relu))
         halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
         return self.bn(torch.cat(halves, dim=1), w)
 

@@ -1,16 +1,14 @@
-"""Measure what a step costs, against the plain form of the same step (`plain.py`), in one table.
+"""Measure what a step costs, against the plain form of the same step, in one table.
 
-    python benchmarks/bench.py                  # a few minutes on a CPU
-    python benchmarks/bench.py --quick          # fewer repetitions
+    python benchmarks/bench.py                  # a few minutes on a CPU; --quick: fewer repetitions
     python benchmarks/bench.py --device cuda --out bench.json
 
-Seconds do not carry from one machine to the next, and on a busy machine not from one minute to the
-next. So both forms run by turns in one process, and what counts is the ratio. Every figure is the
-median of its repetitions, with the lower and upper quartile beside it. Memory is the peak of a
-process of its own for each form (on CUDA: of its tensors). If others use the machine at the same
-time, set OMP_NUM_THREADS=1: threads that wait for each other multiply the noise.
-
-The fast form is the loops of `search.py` and `train.py` themselves, on random images.
+Ours are the epoch functions of `search.py` and `train.py` on the network that `fast.accelerate`
+returns, with random images. The plain form is the network itself, in contiguous memory, with a
+step written in the most obvious way: `plain_step`. As seconds change with the machine and with
+what else it does, all forms run by turns in one process, and what counts is the ratio. Figures are
+medians of the repetitions. Memory is the peak of a process of its own (on CUDA: of its tensors).
+On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other multiply the noise.
 """
 
 import argparse
@@ -18,147 +16,201 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
-from types import SimpleNamespace
+import warnings
+from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import transforms
 
-import numpy as np  # noqa: E402
-import plain  # noqa: E402
-import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import genotypes  # noqa: E402
-import ista  # noqa: E402
-import search  # noqa: E402
-import train  # noqa: E402
-import utils  # noqa: E402
-from genotypes import PRIMITIVES  # noqa: E402
-from model import NetworkCIFAR  # noqa: E402
-from model_search import Network  # noqa: E402
+import data
+import fast
+import genotypes
+import search
+import train
+import utils
+from genotypes import NODES, PRIMITIVES
+from model import NetworkCIFAR
+from model_search import Network
 
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 KINDS = {
     "two-stage": "two-stage step: C=16, 8 cells, batch 64 + 64",
     "retraining": "retraining step: ISTA_twostage, C=36, 20 cells, auxiliary, batch 8",
     "one-stage": "one-stage step: C=36, 20 cells, auxiliary, batch 8",
 }
-BATCH = {"two-stage": 64, "retraining": 8, "one-stage": 8}
-LIMITS = {  # what the project must reach and hopes to, as shares of the plain form
-    "two-stage": dict(time=(0.40, 0.25), memory=(0.75, 0.50)),
-    "retraining": dict(time=(0.60, 0.40)),
-    "one-stage": dict(time=(0.60, 0.40)),
-}
 
 
-# ------------------------------------------------------------------------------------------------
-# The steps that are measured
-# ------------------------------------------------------------------------------------------------
+def one_by_one(optimizers):
+    """Have optimizers take their parameters one at a time, as they do by default on a CPU."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(foreach=False, fused=False)
+    return optimizers
 
 
-class Repeated(list):
-    """Batches, as the epoch loops take them: the same ones over and over."""
+def plain_step(net, optimizers, args, batch, arch_batch=None):
+    """A step of either search or of retraining, as the text of the method has it.
+
+    Every pass computes the gradients of all parameters, and its loss is read at once. In two-stage
+    search b moves on a batch of its own. The optimizers are SGD on the weights and maybe Adam on b.
+    """
+    sgd, *adam = optimizers
+
+    def backward(x, y):
+        logits, logits_aux = net(x)
+        loss, total = utils.losses(logits, logits_aux, y, args)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total.backward()
+        return loss.item(), (logits.argmax(1) == y).float().mean().item()
+
+    backward(*(arch_batch or batch))
+    for optimizer in adam:
+        optimizer.step()
+    if arch_batch:
+        backward(*batch)
+    clip_grad_norm_(sgd.param_groups[0]["params"], args.grad_clip, foreach=False)
+    sgd.step()
+
+
+class Form(NamedTuple):
+    name: str
+    memory_format: torch.memory_format = torch.contiguous_format
+    cuda_graphs: bool = False
+    is_plain: bool = False
+
+
+def forms(device):
+    """Ours as the scripts run it, the plain form, and on CUDA other ways to run ours."""
+    usual, other = utils.memory_format(device, amp=False), torch.channels_last
+    every = [Form("ours", usual), Form("plain form", is_plain=True)]
+    if device.type == "cuda":
+        every += [Form("ours, channels-last", other), Form("ours, CUDA graphs", usual, True),
+                  Form("ours, channels-last, CUDA graphs", other, True)]
+    return every
+
+
+class Batches(list):
+    """Some batches, as the epoch functions take them."""
 
     def endless(self):
         return itertools.cycle(self)
 
 
+class Clock:
+    """Seconds since it was made, or since so many steps were done."""
+
+    def __init__(self, device, steps=0):
+        self.device, self.left, self.began = device, steps, 0
+        self.began = self.seconds()
+
+    def step(self, meter=None):
+        self.left -= 1
+        if self.left == 0:
+            self.began += self.seconds()
+
+    def seconds(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.began
+
+
+def build(kind, form, device, batch=None, layers=None, network=Network):
+    """A network, and a function run(steps, progress) that trains it for so many steps."""
+    torch.manual_seed(0)
+    if kind == "retraining":
+        args = train.get_args_parser().parse_args(["--arch", "ISTA_twostage"])
+        net = NetworkCIFAR(args.init_channels, 10, args.layers, True, genotypes.ISTA_twostage)
+        optimizers = [torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
+                                      weight_decay=args.weight_decay, foreach=True)]
+    else:
+        args = search.get_args_parser().parse_args(["--one_stage"] * (kind == "one-stage"))
+        args.cuda_graphs = form.cuda_graphs
+        net = network(args.init_channels, 10, layers or args.layers, one_stage=args.one_stage,
+                      auxiliary=args.auxiliary)
+        choose(net, genotypes.ISTA_onestage if args.one_stage else genotypes.ISTA_twostage)
+        optimizers = search.optimizers(net.to(device), args)
+    args.cuda_graphs = form.cuda_graphs
+    net = net.to(device, memory_format=form.memory_format).train()
+
+    def random_batch():
+        n = batch or (64 if kind == "two-stage" else 8)
+        x, y = torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
+        return x.to(device).contiguous(memory_format=form.memory_format), y.to(device)
+
+    first, second = random_batch(), random_batch()
+    if form.is_plain:
+        optimizers = one_by_one(optimizers)
+    else:
+        fast.accelerate(net)
+
+    def run(steps, progress):
+        batches, arch_batches = Batches(steps * [first]), Batches([second])
+        if form.is_plain:
+            for x in batches:
+                plain_step(net, optimizers, args, x, second if kind == "two-stage" else None)
+                progress.step()
+        elif kind == "retraining":
+            train.train_epoch(net, net, batches, *optimizers, args, progress)
+        elif kind == "one-stage":
+            search.one_stage_epoch(net, net, batches, *optimizers, args, progress)
+        else:
+            search.two_stage_epoch(net, net, batches, arch_batches, *optimizers, args, progress, 1)
+
+    return net, run
+
+
 def choose(net, genotype):
     """Set the support of a supernet to the pairs of a genotype."""
     for code, pairs in zip(net.codes, (genotype.normal, genotype.reduce), strict=True):
-        codes = [torch.zeros_like(z) for z in code.z]
+        codes = [np.zeros(len(z)) for z in code.z]
         for i, (primitive, edge) in enumerate(pairs):
-            operations = len(codes[0]) // 2
-            codes[i // 2][operations * edge + PRIMITIVES.index(primitive)] = 1
+            k = len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)
+            codes[i // code.sparseness][k] = 1
         code.accept(codes)
-
-
-def build(kind, form, device, batch=None, layers=None):
-    """A function that takes one training step, and the network it trains."""
-    torch.manual_seed(0)
-    if kind == "two-stage":
-        args = settings(search, [], search.published)
-        net = Network(args.init_channels, 10, layers or args.layers)
-        choose(net, genotypes.ISTA_twostage)
-    elif kind == "one-stage":
-        args = settings(search, ["--one_stage"], search.published)
-        net = Network(args.init_channels, 10, args.layers, one_stage=True, auxiliary=True)
-        choose(net, genotypes.ISTA_onestage)
-    else:
-        args = settings(train, ["--arch", "ISTA_twostage"], lambda typed: train.CIFAR)
-        net = NetworkCIFAR(args.init_channels, 10, args.layers, True, genotypes.ISTA_twostage)
-    layout = torch.channels_last if form == "fast" else torch.contiguous_format
-    net = net.to(device, memory_format=layout).train()
-
-    def random_batch():
-        n = batch or BATCH[kind]
-        x, y = torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
-        return x.to(device).contiguous(memory_format=layout), y.to(device)
-
-    first, second = random_batch(), random_batch()
-    if form == "plain":
-        optimizers = plain.optimizers(net, args)
-        if kind == "two-stage":
-            return lambda: plain.two_stage_step(net, *first, *second, args, *optimizers), net
-        if kind == "one-stage":
-            return lambda: plain.one_stage_step(net, *first, args, *optimizers), net
-        return lambda: plain.retraining_step(net, *first, args, optimizers[0]), net
-
-    weights = net.parameters() if kind == "retraining" else net.weight_parameters()
-    sgd = torch.optim.SGD(
-        weights, args.learning_rate, args.momentum, weight_decay=args.weight_decay, foreach=True
-    )
-    progress = SimpleNamespace(step=lambda meter: None)
-    batches, batches_arch = Repeated([first]), Repeated([second])
-    if kind == "retraining":
-        return lambda: train.train_epoch(net, batches, sgd, args, progress), net
-    adam = torch.optim.Adam(
-        net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
-        weight_decay=args.arch_weight_decay, fused=True,
-    )  # fmt: skip
-    if kind == "one-stage":
-        return lambda: search.one_stage_epoch(net, batches, sgd, adam, args, progress), net
-    return lambda: search.two_stage_epoch(
-        net, batches, batches_arch, sgd, adam, args, progress, steps_before=0
-    ), net
-
-
-def settings(script, argv, published):
-    """The flags of a script with the published values."""
-    return script.get_args_parser().parse_args(argv, published=published)
-
-
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
 
 
 def seconds(function, device):
     """Time of one call."""
-    if device.type == "cuda":
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        function()
-        ended.record()
-        torch.cuda.synchronize(device)
-        return began.elapsed_time(ended) / 1000
-    began = time.perf_counter()
+    clock = Clock(device)
     function()
-    return time.perf_counter() - began
+    return clock.seconds()
 
 
-def by_turns(functions, repetitions, device, warm_up=2):
-    """Times of several functions that run one after the other: (repetitions, functions)."""
-    for function in functions * warm_up:
-        function()
-    return np.array([[seconds(f, device) for f in functions] for _ in range(repetitions)])
+def step_timer(run, device):
+    """A function that trains for a step, or on CUDA for twelve, and returns the time of one."""
+    # A CUDA graph is recorded in the second step of an epoch, and an epoch ends in a host sync.
+    skipped, steps = (2, 10) if device.type == "cuda" else (0, 1)
+
+    def timer():
+        clock = Clock(device, skipped)
+        run(skipped + steps, clock)
+        return clock.seconds() / steps
+
+    return timer
 
 
-class DeviceReads(TorchDispatchMode):
-    """Counts reads of a number off the device."""
+def by_turns(timers, repetitions, warm_up=2):
+    """What functions return that are called one after the other: (repetitions, functions)."""
+    for timer in timers * warm_up:
+        timer()
+    return np.array([[timer() for timer in timers] for _ in range(repetitions)])
 
+
+class Reads(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -166,287 +218,225 @@ class DeviceReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def device_reads(step):
-    """In one step, but for those by Adam, which are of its own counters on the host."""
-    adam = torch.optim.Adam.step
-    with DeviceReads() as reads:
+class Copies(TorchFunctionMode):
+    """Counts calls that wait on CUDA, but of which no operator tells on the CPU."""
 
-        def silent_step(self, *args):
-            count = reads.count
-            adam(self, *args)
-            reads.count = count
+    count = 0
 
-        torch.optim.Adam.step = silent_step
-        try:
-            step()
-        finally:
-            torch.optim.Adam.step = adam
-    return reads.count
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
+        return func(*args, **(kwargs or {}))
 
 
-def saved_bytes(step, net):
+def host_syncs(function, *args, device=CPU):
+    """How often a call waits for the device; on the CPU, as far as one sees, would."""
+    if device.type != "cuda":
+        with Reads() as reads, Copies() as copies:
+            function(*args)
+        return reads.count + copies.count
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        function(*args)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in waits)
+
+
+def saved_bytes(run, net, device):
     """Bytes that the forward passes of a step keep for the backward pass, parameters left out."""
     own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-    storages, alive = {}, []
+    kept = {}  # by address, and alive, so that no other tensor gets it
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no other tensor gets the same address
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(storages.values())
+        run(1, Clock(device))
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
-def peak_bytes(kind, form, device):
-    """Peak memory of a process that takes 3 steps of one form."""
-    command = [sys.executable, os.path.abspath(__file__), "--device", str(device)]
-    command += ["--threads", str(torch.get_num_threads()), "--memory_of", kind, form]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-
-
-def memory_of(kind, form, device):
-    before = utils.peak_memory(device)
-    step, _ = build(kind, form, device)
-    for _ in range(3):
-        step()
-    print(json.dumps([before * 2**30, utils.peak_memory(device) * 2**30]))
-
-
-# ------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------
+def peak_memory(kind, form, device):
+    """GiB before there is a network, and at the peak of 3 steps, in a process of its own."""
+    command = [sys.executable, __file__, "--device", str(device), "--memory_of", kind, form.name]
+    command += ["--threads", str(torch.get_num_threads())]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 class Table:
     """Rows of figures, printed as they come and kept for the JSON."""
 
-    columns = ("", "median", "quartiles", "must", "goal")
-    widths = (70, 12, 19, 8, 8)
-
     def __init__(self):
         self.rows, self.section = [], ""
-        self._print(self.columns)
-
-    def _print(self, cells):
-        texts = [f"{text:{'<' if i == 0 else '>'}{w}}" for i, (text, w) in
-                 enumerate(zip(cells, self.widths, strict=True))]  # fmt: skip
-        print("  ".join(texts).rstrip(), flush=True)
 
     def title(self, text):
         self.section = text
-        print(f"\n{text}")
+        print(f"\n{text:60}  {'median':>14}  {'quartiles':>19}")
 
-    def add(self, name, values, unit="", must=None, goal=None, at_least=False, digits=3):
-        """Add a row.
-
-        Parameters
-        ----------
-        name, unit : str
-        values : number, or array of repetitions
-        must, goal : float, optional
-            Limits of the median: upper ones, or lower ones if `at_least`.
-        """
+    def add(self, name, values, unit=""):
+        """Add a row: of a number, or of an array of repetitions."""
         values = np.atleast_1d(np.asarray(values, float))
-        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        row = dict(
-            section=self.section, name=name, median=float(median), unit=unit,
-            repetitions=len(values), must=must, goal=goal,
-        )  # fmt: skip
-        if len(values) > 1:
-            row.update(lower_quartile=float(low), upper_quartile=float(high))
-        limits = []
-        for limit in (must, goal):
-            met = limit is not None and (median >= limit if at_least else median <= limit)
-            sign = "≥" if at_least else "≤"
-            limits.append("" if limit is None else f"{sign} {limit:g}{' ✓' if met else ' ✗'}")
-        if must is not None:
-            row["met"] = bool(median >= must if at_least else median <= must)
-        self.rows.append(row)
-
-        def text(value):
-            return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
-
-        spread = f"{text(low)} – {text(high)}" if len(values) > 1 else ""
-        self._print([f"  {name}", f"{text(median)} {unit}".rstrip(), spread, *limits])
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        self.rows.append(dict(
+            section=self.section, name=name, median=median, unit=unit, repetitions=len(values),
+            lower_quartile=low, upper_quartile=high,
+        ))
+        low, median, high = (f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in (low, median, high))
+        spread = f"{low} – {high}" if len(values) > 1 else ""
+        print(f"  {name:58}  {f'{median} {unit}'.rstrip():>14}  {spread:>19}".rstrip(), flush=True)
 
 
 def measure_steps(table, device, repetitions):
+    """Time, peak memory and host syncs of the three steps, in all forms."""
     # Memory first, while this process is small: a child inherits the peak of its parent.
-    memory = {kind: {form: peak_bytes(kind, form, device) for form in ("fast", "plain")}
-              for kind in KINDS}  # fmt: skip
-    of = "of the process" if device.type == "cpu" else "of the tensors"
-    step_seconds = {}
+    every, of = forms(device), "the tensors" if device.type == "cuda" else "the process"
+    memory = {kind: [peak_memory(kind, form, device) for form in every] for kind in KINDS}
     for kind, title in KINDS.items():
         table.title(title)
-        (fast, _), (slow, _) = (build(kind, form, device) for form in ("fast", "plain"))
-        reads = device_reads(fast), device_reads(slow)
-        times = by_turns([fast, slow], repetitions, device)
-        step_seconds[kind] = np.median(times[:, 0])
-        must, goal = LIMITS[kind]["time"]
-        table.add("time, share of the plain form", times[:, 0] / times[:, 1], "", must, goal)
-        table.add("time", 1e3 * times[:, 0], "ms")
-        table.add("time of the plain form", 1e3 * times[:, 1], "ms")
-        gib = {form: peak / 2**30 for form, (_, peak) in memory[kind].items()}
-        must, goal = LIMITS[kind].get("memory", (None, None))
-        table.add(f"peak memory {of}, share of the plain form", gib["fast"] / gib["plain"], "",
-                  must, goal)  # fmt: skip
-        table.add(f"peak memory {of}", gib["fast"], "GiB")
-        table.add(f"peak memory {of}, plain form", gib["plain"], "GiB")
-        if device.type == "cpu":
-            before = np.mean([before for before, _ in memory[kind].values()]) / 2**30
-            table.add("  of it before there is a network", before, "GiB")
-        table.add("device reads in forward, backward, clip and SGD", reads[0], "", 0, 0)
-        table.add("device reads of the plain form", reads[1])
-        del fast, slow
-    return step_seconds
+        runs = [build(kind, form, device)[1] for form in every]
+        times = by_turns([step_timer(run, device) for run in runs], repetitions)
+        for i, form in enumerate(every):
+            before, peak = memory[kind][i]
+            table.add(f"time, {form.name}", 1e3 * times[:, i], "ms")
+            table.add("  share of the plain form", times[:, i] / times[:, 1])
+            table.add(f"  peak memory of {of}", peak, "GiB")
+            table.add("    share of the plain form", peak / memory[kind][1][1])
+            if device.type != "cuda":
+                table.add("    of it before there is a network", before, "GiB")
+            if not form.cuda_graphs:  # without those at the end of an epoch
+                one, two = (host_syncs(runs[i], n, Clock(device), device=device) for n in (1, 2))
+                table.add("  host syncs", two - one)
 
 
-def measure_recovery(table, step_seconds, repetitions):
+def measure_recovery(table, device, repetitions):
+    """Cold and warm solves of all codes, of points as large as they are in a search."""
     table.title("recovery of all 8 nodes (on the CPU)")
     torch.manual_seed(0)
     net = Network(4, 10, 2)  # the size of the network does not matter
-    cpu, rng = torch.device("cpu"), np.random.default_rng(0)
 
-    def problems():
-        return [
-            (A.numpy(), b.detach().double().numpy(), code.lam, z.numpy().copy())
-            for code in net.codes
-            for A, b, z in zip(code.A, code.b, code.z, strict=True)
-        ]
+    def solve():
+        return [code.solve() for code in net.codes]
 
-    def solve(warm):
-        return [ista.recover(A, b, lam, z0=z if warm else None) for A, b, lam, z in given]
+    def signs():
+        return torch.cat([z.sign() for code in net.codes for z in code.z])
 
-    cold, warm, whole, gaps = [], [], [], []
-    while len(warm) < repetitions:
-        for b in net.arch_parameters():  # of the sizes that they have in a search
-            b.data = torch.from_numpy(10 ** rng.uniform(-2, 0) * rng.standard_normal(7)).float()
-        given = problems()
-        cold.append(seconds(lambda: solve(warm=False), cpu))
+    cold, warm = [], []
+    while len(warm) < 20 * repetitions:
+        for b in net.arch_parameters():
+            b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
+        for code in net.codes:
+            code.accept([np.zeros(len(z)) for z in code.z])
+        cold.append(seconds(solve, CPU))
         net.recover()
-        before = torch.cat([z.sign() for code in net.codes for z in code.z])
+        before = signs()
         for b in net.arch_parameters():  # as the first step of Adam
-            signs = torch.from_numpy(rng.choice((-1, 1), 7))
-            b.data += search.TWO_STAGE["arch_learning_rate"] * signs
-        given = problems()
-        elapsed = seconds(lambda: solve(warm=True), cpu)
-        elapsed_whole = seconds(net.recover, cpu)
-        if torch.equal(torch.cat([z.sign() for code in net.codes for z in code.z]), before):
-            warm.append(elapsed)  # the last support is still optimal
-            whole.append(elapsed_whole)
-        gaps.append(max(
-            ista.duality_gap(A, b, z, lam) / (0.5 * b @ b) for A, b, lam, z in problems()
-        ))  # fmt: skip
-    cold, warm, whole = (1e3 * np.array(times) for times in (cold, warm, whole))
-    table.add("cold", cold, "ms", 5)
-    table.add("warm: the last support is still optimal", warm, "ms", 0.5)
-    table.add("largest gap, relative to ½‖b‖²", max(gaps), "", 1e-9)
-    table.add("warm, with the bookkeeping of the supernet", whole, "ms")
-    table.add("that, in % of a two-stage step", 0.1 * whole / step_seconds["two-stage"], "%", 2)
-    try:
-        net.recover("clarabel")
-        times = [seconds(lambda: net.recover("clarabel"), cpu) for _ in range(5)]
-        table.add("CVXPY with Clarabel", 1e3 * np.array(times), "ms")
-    except ista.SolverUnavailable:
-        print("  (CVXPY and Clarabel are not installed)")
+            b.data += 6e-4 * torch.randn_like(b).sign()
+        times = seconds(solve, CPU), seconds(net.recover, CPU)
+        if torch.equal(signs(), before):  # the last support is still optimal
+            warm.append(times)
+    warm, whole = np.array(warm).T
+    table.add("cold", 1e3 * np.array(cold), "ms")
+    table.add("warm: the last support is still optimal", 1e3 * warm, "ms")
+    table.add("  with the bookkeeping of the supernet", 1e3 * whole, "ms")
+    net.recover("clarabel")
+    times = [seconds(lambda: net.recover("clarabel"), CPU) for _ in range(repetitions)]
+    table.add("CVXPY with Clarabel, and the bookkeeping", 1e3 * np.array(times), "ms")
 
 
 def measure_data(table, device, repetitions):
-    table.title("training images a second, augmented, on one core" if device.type == "cpu"
-                else "training images a second, augmented, on the device")  # fmt: skip
+    """Augmented batches of ours, and of torchvision's transforms on PIL images, on one core."""
+    table.title("training images a second, augmented, one core")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    n, size = 4096, 256
-    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(10, (n,))
-    mean, std = data.CIFAR10_MEAN, data.CIFAR10_STD
-    ours = data.Images(images.to(device), labels.to(device), list("0123456789"), mean, std)
-    batches = data.Batches(ours, size, train=True, channels_last=True)
-    functions = [lambda: [None for _ in batches]]
-    try:
-        from torchvision import transforms
-        from torchvision.transforms.functional import to_pil_image
+    n, size, mean, std = 4096, 256, data.CIFAR10_MEAN, data.CIFAR10_STD
+    pixels, labels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
+    images = data.Images(pixels.to(device), labels.to(device), list("0123456789"), mean, std)
+    batches = images.batches(size, train=True, memory_format=utils.memory_format(device, False))
+    pil = [transforms.ToPILImage()(image) for image in pixels]
+    transform = transforms.Compose([
+        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(mean, std),
+    ])
 
-        pil = [to_pil_image(image) for image in images]
-        transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(mean, std),
-        ])  # fmt: skip
+    def ours():
+        return seconds(lambda: [None for _ in batches], device)
 
-        def torchvision():
-            for start in range(0, n, size):
-                torch.stack([transform(image) for image in pil[start : start + size]])
+    def torchvision():
+        parts = (pil[i : i + size] for i in range(0, n, size))
+        return seconds(lambda: [torch.stack([*map(transform, part)]) for part in parts], CPU)
 
-        functions.append(torchvision)
-    except ImportError:
-        print("  (torchvision is not installed)")
-    rates = n / by_turns(functions, repetitions, device, warm_up=1)
-    if len(functions) == 2:
-        table.add("times those of torchvision on PIL images", rates[:, 0] / rates[:, 1], "", 10,
-                  at_least=True)  # fmt: skip
-    for rate, name in zip(rates.T, ("ours", "torchvision"), strict=False):
-        table.add(name, rate, "/s")
+    times = by_turns([ours, torchvision], repetitions, warm_up=1)
     torch.set_num_threads(threads)
+    table.add("ours", n / times[:, 0], "/s")
+    table.add("torchvision on PIL images", n / times[:, 1], "/s")
+    table.add("ours, times torchvision's", times[:, 1] / times[:, 0])
+
+
+class Dense(Network):
+    """A relaxation as in DARTS, in which every operation runs."""
+
+    def _given(self, code):
+        weights = [(A.T @ b.double()).softmax(0) for A, b in zip(code.A, code.b, strict=True)]
+        k = range(len(weights[-1]))
+        support = [[divmod(i, len(PRIMITIVES)) for i in k[: len(weights[j])]] for j in range(NODES)]
+        return support, [w.to(self.classifier.weight.dtype).unbind() for w in weights]
 
 
 def measure_growth(table, device, repetitions):
     """Steps in spaces of 7, 14 and 28 operations an edge, the available ones repeated."""
-    published = list(PRIMITIVES)
+    published, (ours, plain, *_) = list(PRIMITIVES), forms(device)
+    for title, times, options in (
+        ("the two-stage step", repetitions, (ours, device)),
+        ("one that runs every operation: 2 cells, batch 8", 3, (plain, device, 8, 2, Dense)),
+    ):
+        table.title(f"growth with the number of operations, {title}")
+        built = []
+        for copies in (1, 2, 4):
+            PRIMITIVES[:] = published * copies
+            built.append(build("two-stage", *options))
+        PRIMITIVES[:] = published
+        taken = by_turns([step_timer(run, device) for _, run in built], times)
+        saved = [saved_bytes(run, net, device) for net, run in built]
+        for i, n in ((1, 14), (2, 28)):
+            table.add(f"time, {n} operations to 7", taken[:, i] / taken[:, 0])
+            table.add(f"activation memory, {n} operations to 7", saved[i] / saved[0])
 
-    def in_space(copies, function):
-        PRIMITIVES[:] = published * copies
-        try:
-            return function()
-        finally:
-            PRIMITIVES[:] = published
 
-    table.title("growth: the two-stage step in spaces of 14 and 28 operations, to that in 7")
-    built = [in_space(k, lambda: build("two-stage", "fast", device)) for k in (1, 2, 4)]
-    times = by_turns([step for step, _ in built], repetitions, device)
-    saved = [saved_bytes(step, net) for step, net in built]
-    for i, n in ((1, 14), (2, 28)):
-        table.add(f"time, {n} operations", times[:, i] / times[:, 0], "", 1.1)
-        table.add(f"activation memory, {n} operations", saved[i] / saved[0], "", 1.1)
-    del built
+def measure_start(table, device, repetitions):
+    """What a person waits for: the first step of a search, and the help."""
+    table.title("start: python search.py --dataset digits")
+    command = [sys.executable, str(ROOT / "search.py")]
+    flags = "--dataset digits --image_size 8 --init_channels 2 --layers 3 --report_freq 1".split()
 
-    # For comparison a relaxation as in DARTS, where every operation runs. The rest is `plain.py`.
-    table.title("growth of a network that runs every operation (2 cells, batch 8)")
-    sparse_weights = plain.weights
+    def first_step():
+        clock = Clock(CPU)
+        with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
+            [*command, *flags, "--device", str(device), "--save", f"{folder}/run"],
+            stdout=subprocess.PIPE, text=True,
+        ) as script:
+            reached = any(", step 1/" in line for line in script.stdout)
+            elapsed = clock.seconds()
+            script.kill()
+        return elapsed if reached else np.nan
 
-    def dense_weights(code):
-        w = torch.cat([A.sum(0) * b.sum() for A, b in zip(code.A, code.b, strict=True)])
-        return w.view(14, -1).softmax(dim=1)
+    def prompt():
+        return seconds(lambda: subprocess.run([*command, "--help"], stdout=subprocess.PIPE), CPU)
 
-    plain.weights = dense_weights
-    try:
-        built = [in_space(k, lambda: build("two-stage", "plain", device, 8, 2)) for k in (1, 2, 4)]
-        times = by_turns([step for step, _ in built], 3, device, warm_up=1)
-        saved = [saved_bytes(step, net) for step, net in built]
-    finally:
-        plain.weights = sparse_weights
-    for i, n in ((1, 14), (2, 28)):
-        table.add(f"time, {n} operations", times[:, i] / times[:, 0])
-        table.add(f"activation memory, {n} operations", saved[i] / saved[0])
+    times = by_turns([first_step, prompt], repetitions, warm_up=1)
+    table.add("to the first step", times[:, 0], "s")
+    table.add("--help to the prompt", times[:, 1], "s")
 
 
 def machine(device):
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        processor = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as file:
-                names = [line.split(":")[1].strip() for line in file if "model name" in line]
-            processor = names[0] if names else processor
+    """What the figures depend on."""
+    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        processor = (re.findall("model name.*: (.*)", cpuinfo.read_text()) or [processor])[0]
     return dict(
-        device=str(device), processor=processor, cores=os.cpu_count(),
-        threads=torch.get_num_threads(), torch=torch.__version__,
-        python=platform.python_version(), system=platform.system(),
-    )  # fmt: skip
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(),
+        torch=torch.__version__, python=platform.python_version(), system=platform.system(),
+    )
 
 
 def main():
@@ -459,20 +449,20 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="write the figures to a JSON as well")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = utils.choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        return memory_of(*args.memory_of, device)
+        kind, name = args.memory_of
+        before, form = utils.peak_memory(device), {form.name: form for form in forms(device)}[name]
+        build(kind, form, device)[1](3, Clock(device))
+        print(json.dumps([before, utils.peak_memory(device)]))
+        return
 
-    about = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
-    repetitions = 3 if args.quick else 9
-    table = Table()
-    step_seconds = measure_steps(table, device, repetitions)
-    measure_recovery(table, step_seconds, 20 * repetitions)
-    measure_data(table, device, repetitions)
-    measure_growth(table, device, repetitions)
+    about, table = machine(device), Table()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for measure in measure_steps, measure_recovery, measure_data, measure_growth, measure_start:
+        measure(table, device, repetitions=3 if args.quick else 9)
     if args.out:
         with open(args.out, "w") as file:
             json.dump({"machine": about, "figures": table.rows}, file, indent=1)

@@ -1,38 +1,36 @@
-"""The networks and steps of the project are held to their plain form, `benchmarks/plain.py`."""
+"""`fast.accelerate` changes nothing but time: networks and steps are held to the plain ones."""
 
 import copy
-import importlib.util
 import itertools
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
+import fast
 import genotypes
+import model
+import model_search
+import operations
 import search
 import train
+import utils
+from benchmarks import bench
 from genotypes import NODES, PRIMITIVES
 from model import NetworkCIFAR, NetworkImageNet
 from model_search import Network
-from operations import BatchNorm2d, State, build
-
-_spec = importlib.util.spec_from_file_location(
-    "plain", Path(__file__).parents[1] / "benchmarks" / "plain.py"
-)
-plain = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(plain)
+from operations import build
 
 # Float64 tells a wrong term from rounding; float32 is what people run.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 SETTINGS = SimpleNamespace(
     learning_rate=0.1, momentum=0.9, weight_decay=3e-4, arch_learning_rate=6e-4,
-    arch_weight_decay=1e-3, grad_clip=5.0, auxiliary_weight=0.4, label_smoothing=0.0, amp=False,
-    recover_every="epoch",
-)  # fmt: skip
+    arch_weight_decay=1e-3, grad_clip=5.0, auxiliary_weight=0.4, label_smoothing=0.1, amp=False,
+    recover_every="epoch", cuda_graphs=False,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,73 +38,111 @@ def seed():
     torch.manual_seed(0)
 
 
-def assert_close(fast, plain_, what="", factor=1):
+def assert_close(ours, plain, what="", factor=1):
     """The largest difference, relative to the largest entry, is within the tolerance."""
-    assert (fast is None) == (plain_ is None), what
-    if fast is not None:
-        assert fast.shape == plain_.shape, what
-        scale = plain_.abs().max().clamp(min=1e-3)
-        error = ((fast - plain_).abs().max() / scale).item()
-        assert error <= factor * TOLERANCE[plain_.dtype], f"{what}: {error:.1e}"
+    assert (ours is None) == (plain is None), what
+    if plain is not None:
+        assert ours.shape == plain.shape and ours.dtype == plain.dtype, what
+        scale = plain.abs().max().clamp(min=1e-3)
+        error = ((ours - plain).abs().max() / scale).item()
+        assert error <= factor * TOLERANCE[plain.dtype], f"{what}: {error:.1e}"
 
 
 def shuffle(net):
     """Give γ, β and the running statistics values that are not those of the start."""
-    for m in net.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 2)
-            if m.affine:
-                torch.nn.init.normal_(m.weight)
-                torch.nn.init.normal_(m.bias)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+            if layer.affine:
+                nn.init.normal_(layer.weight)
+                nn.init.normal_(layer.bias)
 
 
-def batch(n=4, size=32, dtype=torch.float64):
-    x = torch.randn(n, 3, size, size, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last), torch.randint(10, (n,))
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def run(net, forward, x, y, fixed=()):
-    """Outputs, gradients and buffers after one forward and backward pass; the net stays as is."""
-    buffers = {name: v.clone() for name, v in net.named_buffers()}
-    fixed = [p for p in fixed if p.requires_grad]
-    for p in fixed:
-        p.requires_grad_(False)
+def batch(n=4, size=16, dtype=torch.float64):
+    return channels_last(torch.randn(n, 3, size, size, dtype=dtype)), torch.randint(10, (n,))
+
+
+def accelerated(net):
+    return fast.accelerate(copy.deepcopy(net).to(memory_format=torch.channels_last))
+
+
+def statistics(net):
+    return {k: v.clone() for k, v in net.named_buffers() if ".running_" in k}
+
+
+def results(net, x, y, fixed=""):
+    """Outputs, gradients and running statistics of one pass; the net stays as it is.
+
+    Parameters
+    ----------
+    fixed : {"", "weights", "points"}
+        Parameters of a supernet for which no gradients are computed.
+    """
+    before = statistics(net)
+    trains = {p: p.requires_grad for p in net.parameters()}
+    if fixed:
+        for p in net.weight_parameters() if fixed == "weights" else net.arch_parameters():
+            p.requires_grad_(False)
     torch.manual_seed(1)  # drop-path
-    logits, logits_aux = forward(x)
+    logits, logits_aux = net(x)
     loss = F.cross_entropy(logits, y)
     (loss if logits_aux is None else loss + 0.4 * F.cross_entropy(logits_aux, y)).backward()
-    results = {"logits": logits, "logits_aux": logits_aux}
+    found = {"logits": logits, "logits_aux": logits_aux, **statistics(net)}
     for name, p in net.named_parameters():
-        results[f"gradient of {name}"], p.grad = p.grad, None
-    for name, v in net.named_buffers():  # running statistics
-        results[name] = v.clone().to(x.dtype)
-        v.copy_(buffers[name])
-    for p in fixed:
-        p.requires_grad_(True)
-    return results
+        found[f"gradient of {name}"], p.grad = p.grad, None
+        p.requires_grad_(trains[p])
+    for name, value in before.items():
+        net.get_buffer(name).copy_(value)
+    return found
 
 
-def compare(net, x, y, fixed=()):
-    """One pass of both forms is the same, but that the fast one has no gradients at `fixed`.
-
-    Returns
-    -------
-    int
-        Number of gradients compared.
-    """
-    net.to(memory_format=torch.contiguous_format)
-    expected = run(net, lambda x: plain.network(net, x), x.contiguous(), y)
-    net.to(memory_format=torch.channels_last)
-    results = run(net, net, x, y, fixed)
-    fixed = {id(p) for p in fixed}
-    left_out = {f"gradient of {name}" for name, p in net.named_parameters() if id(p) in fixed}
+def compare(net, x, y, fixed=""):
+    """A pass of the accelerated network is that of the plain one; returns the gradients met."""
+    expected = results(net, x.contiguous(), y, fixed)
+    found = results(accelerated(net), x, y, fixed)
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert_close(results[name], None if name in left_out else value, name)
-    return sum("gradient" in name and value is not None for name, value in results.items())
+        assert_close(found[name], value, name)
+    return sum("gradient" in name and value is not None for name, value in found.items())
 
 
-# ------------------------------------------------------------------------------ operations
+def randomized(net, seed):
+    """A supernet with random supports, weights of order 1 and either sign; seed 0: one edge."""
+    rng = random.Random(seed)
+    for code in net.codes:
+        codes = []
+        for j, z in enumerate(code.z):
+            z = 1e-3 * torch.rand_like(z)  # off the support; has no part in the weights
+            pairs = rng.sample(range(len(z)), 2)
+            if seed == 0:  # both on the edge from the newest node
+                pairs = [7 * (j + 1) + op for op in rng.sample(range(7), 2)]
+            for k in pairs:
+                z[k] = rng.choice((-1, 1)) * rng.uniform(0.5, 1)
+            codes.append(z.numpy())
+        for b in code.b:
+            nn.init.normal_(b, std=0.3)
+        code.accept(codes)
+    shuffle(net)
+    if net.one_stage:  # where γ and β are held, they are 1 and 0
+        for layer in (m for cell in net.cells for m in cell._ops.modules()):
+            if isinstance(layer, nn.BatchNorm2d):
+                nn.init.ones_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    return net
+
+
+def supernet(seed, C=4, layers=3, **kwargs):
+    return randomized(Network(C, 10, layers, **kwargs).double(), seed)
+
+
+# ------------------------------------------------------------------------------------------------
+# Operations
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -118,34 +154,30 @@ def test_operations(primitive, stride, size, C, affine, norm_skips, dtype):
     if primitive == "skip_connect" and stride == 2 and size % 2:
         pytest.skip("FactorizedReduce halves even sizes only")
     norms = dict(affine=affine, norm_pools=not affine or norm_skips, norm_skips=norm_skips)
-    op = build(primitive, C, stride, **norms).to(dtype, memory_format=torch.channels_last)
-    shuffle(op)
-    slow = copy.deepcopy(op).to(memory_format=torch.contiguous_format)
-    x = torch.randn(3, C, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    for training, w in itertools.product((True, False), (None, 0.7, -1.3)):
-        op.train(training), slow.train(training)
-        x_fast, x_plain = x.clone().requires_grad_(), x.contiguous().requires_grad_()
-        parameters, slow_parameters = list(op.parameters()), list(slow.parameters())
-        y_plain = plain.operation(slow, x_plain)
-        if w is None:
-            y = op(State(x_fast))
-        else:
-            parameters.append(w_fast := torch.tensor(w, dtype=dtype, requires_grad=True))
-            slow_parameters.append(w_plain := torch.tensor(w, dtype=dtype, requires_grad=True))
-            y, y_plain = op(State(x_fast), w_fast), w_plain * y_plain
-        assert_close(y, y_plain, "output")
-        g = torch.randn_like(y)
-        gradients = torch.autograd.grad(y, [x_fast, *parameters], g)
-        slow_gradients = torch.autograd.grad(y_plain, [x_plain, *slow_parameters], g)
-        for gradient, slow_gradient in zip(gradients, slow_gradients, strict=True):
-            assert_close(gradient, slow_gradient, "gradient")
-        for v, u in zip(op.buffers(), slow.buffers(), strict=True):
-            assert_close(v.to(dtype), u.to(dtype), "running statistics")
+    plain = build(primitive, C, stride, **norms).to(dtype)
+    shuffle(plain)
+    ours = accelerated(plain)
+    assert type(ours) is type(plain) or type(ours).__module__ == "fast"
+    for training, requires_grad in itertools.product((True, False), (True, False)):
+        plain.train(training)
+        ours.train(training)
+        x = torch.randn(3, C, size, size, dtype=dtype, requires_grad=requires_grad)
+        x_ours = channels_last(x.detach().clone()).requires_grad_(requires_grad)
+        y, y_ours = plain(x), ours(x_ours)
+        assert_close(y_ours, y, "output")
+        if y.requires_grad:
+            g = torch.randn_like(y)
+            inputs = [x] * requires_grad + [*plain.parameters()]
+            inputs_ours = [x_ours] * requires_grad + [*ours.parameters()]
+            expected = torch.autograd.grad(y, inputs, g)
+            found = torch.autograd.grad(y_ours, inputs_ours, channels_last(g))
+            for a, b in zip(found, expected, strict=True):
+                assert_close(a, b, "gradient")
         with torch.no_grad():
-            y = op(State(x)) if w is None else op(State(x), w_fast)
-            y_plain = plain.operation(slow, x)
-            assert_close(y, y_plain if w is None else w * y_plain, "output without gradients")
-        assert torch.equal(x_fast, x)  # nothing is written over a shared input
+            assert_close(ours(x_ours), plain(x), "output without gradients")
+        for a, b in zip(statistics(ours).values(), statistics(plain).values(), strict=True):
+            assert_close(a, b, "running statistics")
+        assert torch.equal(x_ours, x), "nothing is written over a shared input"
 
 
 @pytest.fixture
@@ -156,237 +188,306 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("affine, w", [(True, None), (True, 0.3), (False, None), (False, -0.3)])
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("C, size", [(36, 8), (36, 7), (40, 6), (6, 16), (72, 8)])
-def test_batch_norm_of_several_threads(two_threads, C, size, affine, w):
-    ours = BatchNorm2d(C, affine=affine)
-    x = (3 * torch.randn(4, C, size, size) + torch.randn(C, 1, 1)).contiguous(
-        memory_format=torch.channels_last
-    )
-    if affine:
-        torch.nn.init.normal_(ours.weight)
-        torch.nn.init.normal_(ours.bias)
-    usual = copy.deepcopy(ours).double()
-
-    def results(norm, x, w, forward):
-        x.requires_grad_()
-        y = forward(norm, x, w)
+def test_batch_norm_of_several_threads(two_threads, C, size, affine):
+    """Its own kernels stand in for torch's there."""
+    x = 3 * torch.randn(4, C, size, size) + torch.randn(C, 1, 1)
+    plain = build("max_pool_3x3", C, 1, affine=affine, norm_pools=True)
+    shuffle(plain)
+    ours, plain = accelerated(plain), plain.double()
+    x_ours, x = channels_last(x).requires_grad_(), x.double().requires_grad_()
+    found, expected = ours(x_ours), plain(x)
+    for y in (found, expected):
         y.pow(3).mean().backward()
-        gradients = [p.grad for p in [x, w, *norm.parameters()] if p is not None]
-        return [y, *norm.buffers(), *gradients]
-
-    def weight(dtype):
-        return None if w is None else torch.tensor(w, dtype=dtype, requires_grad=True)
-
-    wide = x.double().contiguous()
-    fast = results(ours, x, weight(torch.float32), lambda norm, x, w: norm(x, w))
-    reference = results(
-        usual, wide, weight(torch.float64),
-        lambda norm, x, w: torch.nn.BatchNorm2d.forward(norm, x) * (1 if w is None else w),
-    )  # fmt: skip
-    for a, b in zip(fast, reference, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=2e-6)
+    pairs = [(found, expected), (x_ours.grad, x.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(ours.parameters(), plain.parameters(), strict=True)]
+    pairs += zip(statistics(ours).values(), statistics(plain).values(), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("first", PRIMITIVES)
-@pytest.mark.parametrize("second", PRIMITIVES)
-def test_two_operations_on_one_state(first, second):
-    """They share the rectified input; neither may spoil it, or the input, for the other."""
-    ops = [build(p, 4, 1, affine=False, norm_pools=True).double() for p in (first, second)]
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    w = torch.tensor([0.7, -1.3], dtype=torch.float64)
-    x_fast, w_fast = x.clone().requires_grad_(), w.clone().requires_grad_()
-    x_plain, w_plain = x.clone().requires_grad_(), w.clone().requires_grad_()
-    state = State(x_fast)
-    y = sum(op(state, v) for op, v in zip(ops, w_fast, strict=True))
-    y_plain = sum(v * plain.operation(op, x_plain) for op, v in zip(ops, w_plain, strict=True))
-    assert_close(y, y_plain)
-    g = torch.randn_like(y)
-    for a, b in zip(
-        torch.autograd.grad(y, [x_fast, w_fast], g),
-        torch.autograd.grad(y_plain, [x_plain, w_plain], g),
-        strict=True,
-    ):
+def on_one_edge(choices):
+    """An edge of the supernet, plain and accelerated: w_0 · op_0(x) + w_1 · op_1(x)."""
+    plain = model_search.MixedOp(4, 1, one_stage=False).double()
+    return plain, accelerated(plain), [PRIMITIVES.index(name) for name in choices]
+
+
+def grad(mixed, ops, x, w):
+    y = sum(mixed(x, op, v) for op, v in zip(ops, w.unbind(), strict=True))
+    return [y, *torch.autograd.grad(y.pow(2).sum(), [x, w])]
+
+
+@pytest.mark.parametrize("choices", [*itertools.combinations_with_replacement(PRIMITIVES, 2)])
+def test_two_operations_on_one_input(choices):
+    """They share its ReLU; neither may spoil it, or the input, for the other."""
+    plain, ours, ops = on_one_edge(choices)
+    values = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    x, w = values.clone(), torch.tensor([0.7, -1.3], dtype=torch.float64)
+    for v in (x, w):
+        v.requires_grad_()
+    for a, b in zip(grad(ours, ops, x, w), grad(plain, ops, x, w), strict=True):
         assert_close(a, b)
+    assert torch.equal(x, values)
 
 
-# ------------------------------------------------------------------------------ supernet
+def test_an_input_may_be_used_again():
+    """After a pass without gradients, after a backward pass, and when it was changed in place."""
+    plain, ours, ops = on_one_edge(["sep_conv_3x3", "dil_conv_5x5"])
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    w = torch.tensor([0.7, -1.3], dtype=torch.float64, requires_grad=True)
+    inference = x.clone()
+    with torch.no_grad():
+        assert_close(ours(x, ops[0], w[0]), plain(x, ops[0], w[0]))
+    x.requires_grad_()
+    for step in range(2):
+        for a, b in zip(grad(ours, ops, x, w), grad(plain, ops, x, w), strict=True):
+            assert_close(a, b, f"step {step}")
+        with torch.no_grad():
+            x -= 0.5
+            for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+                p += 0.1
+                q += 0.1
+    with torch.no_grad():
+        before = ours(x, ops[0], w[0])
+        x.neg_()
+        assert_close(ours(x, ops[0], w[0]), plain(x, ops[0], w[0]))
+        assert not torch.equal(before, ours(x, ops[0], w[0]))
+    with torch.inference_mode():
+        for y in (inference, inference + 1):
+            assert_close(ours(y, ops[0], w[0]), plain(y, ops[0], w[0]))
 
 
-def supernet(seed, C=4, layers=3, dtype=torch.float64, **kwargs):
-    """A supernet with random supports, weights of order 1 and either sign; seed 0: one edge."""
-    net = Network(C, 10, layers, **kwargs)
-    net = net.double() if dtype == torch.float64 else net
-    rng = random.Random(seed)
-    for code in net.codes:
-        codes = []
-        for j in range(NODES):
-            n = 7 * (j + 2)
-            pairs = rng.sample(range(n), 2)
-            if seed == 0:  # both on the edge from the newest node
-                pairs = [7 * (j + 1) + op for op in rng.sample(range(7), 2)]
-            z = torch.zeros(n, dtype=torch.float64)
-            for k in pairs:
-                z[k] = rng.choice((-1, 1)) * rng.uniform(0.5, 1)
-            z += 1e-3 * torch.rand(n)  # off the support; has no part in the weights
-            codes.append(z)
-        code.accept(codes)
-        for b in code.b:
-            torch.nn.init.normal_(b, std=0.3)
-    shuffle(net)
-    if net.one_stage:
-        for m in net.modules():
-            if hasattr(m, "_ops") and not hasattr(m, "preprocess0"):
-                for bn in m.modules():
-                    if isinstance(bn, torch.nn.BatchNorm2d):
-                        torch.nn.init.ones_(bn.weight)
-                        torch.nn.init.zeros_(bn.bias)
-    return net
+# ------------------------------------------------------------------------------------------------
+# Networks
+# ------------------------------------------------------------------------------------------------
 
 
-def test_weights():
-    net = supernet(1)
-    for code in net.codes:
-        w = plain.weights(code)
-        assert_close(code.weights(), w)
-        assert w.count_nonzero() == 8 and (w > 0).any() and (w < 0).any()
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_two_stage(seed):
     net = supernet(seed)
-    x, y = batch(size=16)
-    assert compare(net, x, y, fixed=net.weight_parameters()) == 8  # the step on b
-    assert compare(net, x, y, fixed=net.arch_parameters()) > 20  # the step on the weights
+    x, y = batch()
+    assert compare(net, x, y, fixed="weights") == 2 * NODES  # the step on b
+    assert compare(net, x, y, fixed="points") > 20  # the step on the weights
     compare(net.eval(), x, y)
     net.train().drop_path_prob = 0.5
     compare(net, x, y)
 
 
-def test_two_stage_float32():
-    net = supernet(2, dtype=torch.float32)
-    x, y = batch(size=16, dtype=torch.float32)
-    compare(net, x, y, fixed=net.weight_parameters())
-    compare(net, x, y, fixed=net.arch_parameters())
+def test_float32():
+    net = randomized(Network(12, 10, 3), 2)
+    x, y = batch(dtype=torch.float32)
+    compare(net, x, y, fixed="weights")
+    compare(net, x, y, fixed="points")
 
 
-def test_autocast():
-    """In bfloat16 the two forms do not round alike, but nearly."""
-    net = supernet(2, dtype=torch.float32, one_stage=True, auxiliary=True)
-    x, y = batch(8, dtype=torch.float32)
-    expected = run(net, net, x, y)["logits"]
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = run(net, net, x, y)["logits"]
-    assert logits.dtype == torch.bfloat16
-    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_one_stage(seed):
     net = supernet(seed, one_stage=True, auxiliary=True)
     x, y = batch()
     net.freeze([seed > 1, False, False, True] * 2)
     assert compare(net, x, y) > 20
-    net.freeze([True] * 8)
+    net.freeze()
     net.prune()
+    shuffle(net)
     net.drop_path_prob = 0.5
     compare(net, x, y)
+    compare(net.eval(), x, y)
 
 
-# ------------------------------------------------------------------------------ genotypes
+def test_supernet_for_imagenet():
+    net = supernet(3, one_stage=True, auxiliary=True, imagenet=True)
+    compare(net, *batch(2, size=64))
 
 
-@pytest.mark.parametrize("name", ["ISTA_twostage", "ISTA_onestage", "random:5"])
-def test_retraining(name):
+@pytest.mark.parametrize("name, size", [("ISTA_twostage", 16), ("ISTA_onestage", 16),
+                                        ("random:5", 20), ("random:6", 12)])
+def test_retraining(name, size):
     genotype, one_stage = genotypes.load(name)
     net = NetworkCIFAR(4, 10, 3, True, genotype, one_stage).double()
     shuffle(net)
-    x, y = batch()
+    x, y = batch(size=size)
     compare(net, x, y)
     net.drop_path_prob = 0.5
     compare(net, x, y)
-    compare(net.eval(), x, y, fixed=net.auxiliary_head.parameters())
+    compare(net.eval(), x, y)
 
 
-def test_retraining_imagenet():
+def test_retraining_for_imagenet():
     net = NetworkImageNet(4, 10, 3, True, genotypes.ISTA_ImageNet).double()
     shuffle(net)
-    x, y = batch(2, size=224)
-    compare(net, x, y)
+    compare(net, *batch(2, size=96))
 
 
-# ------------------------------------------------------------------------------ whole steps
+@pytest.mark.parametrize("net", [
+    lambda: supernet(1, one_stage=True),
+    lambda: NetworkCIFAR(4, 10, 3, False, genotypes.ISTA_twostage).double(),
+])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(net, mode):
+    net = net()
+    ours, (x, _) = accelerated(net), batch()
+    for training in (True, False):
+        with mode():
+            logits, _ = ours.train(training)(x)
+            assert_close(logits, net.train(training)(x)[0])
+    assert not logits.requires_grad
+    for (name, a), b in zip(statistics(ours).items(), statistics(net).values(), strict=True):
+        assert_close(a, b, name)
 
 
-class Once(list):
-    """Batches, as the epoch loops take them."""
+@pytest.mark.parametrize("one_stage", [False, True])
+def test_autocast(one_stage):
+    """In bfloat16 the two forms do not round alike, but one is as near the truth as the other."""
+    net = randomized(Network(4, 10, 3, one_stage=one_stage), 2)
+    x, y = batch(8, dtype=torch.float32)
+    truth = results(net, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = results(accelerated(net), x, y), results(net, x, y)
+    assert ours["logits"].dtype == torch.bfloat16
 
-    def endless(self):
-        return itertools.cycle(self)
+    def error(found, what):
+        names = [k for k, v in truth.items() if what in k and v is not None]
+        a, b = (torch.cat([r[k].float().flatten() for k in names]) for r in (found, truth))
+        return (a - b).norm() / b.norm()
+
+    for what in ("logits", "gradient of cells", "gradient of normal_code", "running_var"):
+        assert error(ours, what) < 0.25, what
+        assert error(ours, what) < 2 * error(plain, what), what
 
 
-class DeviceReads(TorchDispatchMode):
-    """Counts what waits for the device: reads of a number, by `.item()` or by `if`."""
+# ------------------------------------------------------------------------------------------------
+# What a person relies on
+# ------------------------------------------------------------------------------------------------
 
-    def __init__(self):
+
+@pytest.mark.parametrize("net", [
+    lambda: Network(4, 10, 3), lambda: Network(4, 10, 3, one_stage=True, auxiliary=True),
+    lambda: NetworkCIFAR(4, 10, 3, True, genotypes.ISTA_onestage, True),
+])
+def test_names_parameters_and_their_order_stay(net):
+    net = net()
+    state, parameters = list(net.state_dict()), list(net.named_parameters())
+    values = copy.deepcopy(net.state_dict())
+    assert fast.accelerate(net) is net
+    assert list(net.state_dict()) == state
+    for (name, p), (was, q) in zip(net.named_parameters(), parameters, strict=True):
+        assert name == was and p is q
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, values[name]), name
+    assert type(net) in (Network, NetworkCIFAR)
+    assert {type(cell) for cell in net.cells} <= {model.Cell, model_search.Cell}
+    again = copy.deepcopy(fast.accelerate(net))  # twice, and a copy: neither does harm
+    again.load_state_dict(values)
+
+
+class Blur(nn.Module):
+    """An operation that somebody pastes in: unknown to fast.py, and without a BatchNorm's name."""
+
+    def __init__(self, C, stride):
         super().__init__()
-        self.count = 0
+        self.conv = nn.Conv2d(C, C, 3, stride, 1, bias=False)
+        self.bn = nn.BatchNorm2d(C)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+    def forward(self, x):
+        return torch.tanh(self.bn(self.conv(x)))
 
 
-def fast_optimizers(net):
-    sgd = torch.optim.SGD(
-        net.weight_parameters() if isinstance(net, Network) else net.parameters(),
-        SETTINGS.learning_rate, SETTINGS.momentum, weight_decay=SETTINGS.weight_decay,
-        foreach=True,
-    )  # fmt: skip
-    if not isinstance(net, Network):
-        return (sgd,)
-    adam = torch.optim.Adam(
-        net.arch_parameters(), SETTINGS.arch_learning_rate, betas=(0.5, 0.999),
-        weight_decay=SETTINGS.arch_weight_decay, fused=True,
-    )  # fmt: skip
-    return sgd, adam
+@pytest.mark.parametrize("one_stage", [False, True])
+def test_an_operation_that_it_does_not_know_stays(monkeypatch, one_stage):
+    monkeypatch.setitem(operations.OPS, "blur", lambda C, stride, affine: Blur(C, stride))
+    monkeypatch.setattr(genotypes, "PRIMITIVES", [*PRIMITIVES, "blur"])
+    monkeypatch.setattr(model_search, "PRIMITIVES", genotypes.PRIMITIVES)
+    net = Network(4, 10, 3, one_stage=one_stage).double()
+    for code in net.codes:  # it runs at every node, beside one that is known
+        codes = [torch.zeros_like(z).numpy() for z in code.z]
+        for z in codes:
+            z[7], z[11] = 1, -0.5
+        code.accept(codes)
+        for b in code.b:
+            nn.init.normal_(b)
+    assert net.genotype().normal[0] == ("blur", 0)
+    x, y = batch()
+    compare(net, x, y)
+    blurs = [m for m in accelerated(net).modules() if isinstance(m, Blur)]
+    assert blurs and all(type(m) is Blur for m in blurs)
+    if one_stage:
+        net.freeze()
+        compare(net, x, y)
+    else:
+        plain = NetworkCIFAR(4, 10, 3, False, net.genotype()).double()
+        compare(plain, x, y)
+
+
+class SecondNodeAlone(model_search.Cell):
+    """A cell that somebody has edited."""
+
+    def forward(self, s0, s1, *given):
+        y = super().forward(s0, s1, *given)
+        keep = torch.zeros_like(y)
+        keep[:, len(y[0]) // NODES : len(y[0]) // 2] = 1
+        return y * keep
+
+
+def test_an_edited_cell_is_what_runs(monkeypatch):
+    unedited = supernet(2)
+    monkeypatch.setattr(model_search, "Cell", SecondNodeAlone)
+    net = supernet(2)
+    net.load_state_dict(unedited.state_dict())
+    x, y = batch()
+    compare(net, x, y)
+    with torch.no_grad():
+        edited, usual = (accelerated(n).eval()(x)[0] for n in (net, unedited))
+    assert not torch.allclose(edited, usual)
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole steps
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["two-stage", "one-stage", "retraining"])
-def test_steps(kind):
-    """Three steps of the scripts' own loops: equal to the plain ones, and no device reads."""
+def test_steps(monkeypatch, kind):
+    """Steps of the scripts' own epochs: equal to the plain ones, without a host sync."""
     if kind == "retraining":
         net = NetworkCIFAR(4, 10, 3, True, genotypes.ISTA_twostage).double()
     else:
         net = supernet(3, one_stage=kind == "one-stage", auxiliary=kind == "one-stage")
-        net.freeze([False, True, False, False] * 2 if net.one_stage else [False] * 8)
-    slow = copy.deepcopy(net)
-    batches, batches_arch = (Once(batch(8) for _ in range(3)) for _ in range(2))
-    optimizers = fast_optimizers(net.to(memory_format=torch.channels_last))
-    progress = SimpleNamespace(step=lambda meter: None)
-    net.train()
-    with DeviceReads() as reads:
-        if kind == "two-stage":
-            search.two_stage_epoch(
-                net, batches, batches_arch, *optimizers, SETTINGS, progress, steps_before=0
-            )
-        elif kind == "one-stage":
-            search.one_stage_epoch(net, batches, *optimizers, SETTINGS, progress)
-        else:
-            train.train_epoch(net, batches, *optimizers, SETTINGS, progress)
-    assert reads.count == 0
+    if kind == "one-stage":
+        net.freeze([False, True, False, False] * 2)
+    ours, progress = accelerated(net), SimpleNamespace(step=lambda meter: None)
+    batches, arch_batches = (bench.Batches(batch(8) for _ in range(3)) for _ in range(2))
+    monkeypatch.setattr(utils.Meter, "read", lambda meter: (0, 0))  # the one host sync, at the end
 
-    sgd, adam = plain.optimizers(slow, SETTINGS)
-    with DeviceReads() as reads:
-        for (x, y), (x_arch, y_arch) in zip(batches, batches_arch, strict=True):
-            if kind == "two-stage":
-                plain.two_stage_step(slow, x, y, x_arch, y_arch, SETTINGS, sgd, adam)
-            elif kind == "one-stage":
-                plain.one_stage_step(slow, x, y, SETTINGS, sgd, adam)
-            else:
-                plain.retraining_step(slow, x, y, SETTINGS, sgd)
-    halves = {"two-stage": 2, "one-stage": 1, "retraining": 1}[kind]
-    asked = 0 if kind == "retraining" else 14 * 7 * len(net.cells)
-    assert reads.count >= 3 * halves * (asked + 2)  # this is what it is to read the device
-    for (name, p), q in zip(net.named_parameters(), slow.parameters(), strict=True):
-        assert_close(p.detach(), q.detach(), name, factor=1e3)  # steps amplify rounding
+    def optimizers_of(net):
+        if isinstance(net, Network):
+            return search.optimizers(net, SETTINGS)
+        return [torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=3e-4, foreach=True)]
+
+    def epoch():
+        given = *optimizers_of(ours), SETTINGS, progress
+        if kind == "retraining":
+            train.train_epoch(ours, ours, batches, *given)
+        elif kind == "one-stage":
+            search.one_stage_epoch(ours, ours, batches, *given)
+        else:
+            search.two_stage_epoch(ours, ours, batches, arch_batches, *given, epoch=1)
+
+    assert bench.host_syncs(epoch) == 0
+
+    optimizers = bench.one_by_one(optimizers_of(net))
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    def plain_epoch():
+        for first, second in zip(batches, arch_batches, strict=True):
+            second = second if kind == "two-stage" else None
+            bench.plain_step(net, optimizers, SETTINGS, first, second)
+
+    assert bench.host_syncs(plain_epoch) >= 3 * (4 if kind == "two-stage" else 2)
+    moved = 0
+    for (name, p), q in zip(net.named_parameters(), ours.parameters(), strict=True):
+        assert_close(q.detach(), p.detach(), name, factor=1e2)  # steps amplify rounding
+        moved += not torch.equal(p, start[name])
+    assert moved > 20
+    for (name, a), b in zip(statistics(ours).items(), statistics(net).values(), strict=True):
+        assert_close(a, b, name, factor=1e2)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+import checkpoints
 import genotypes
-from model import NetworkCIFAR, NetworkImageNet, from_config, shape_of
+import model
+from model import NetworkCIFAR, NetworkImageNet, from_config
 from operations import drop_path
+from utils import UserError
 
 
 def size(net):
@@ -17,7 +20,7 @@ def size(net):
     (NetworkCIFAR, (36, 10, 20), "ISTA_onestage", True, 3_371_806),
     (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", False, 5_651_392),
     (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", True, 5_655_232),
-])  # fmt: skip
+])
 def test_published_networks_have_their_parameters(network, shape, genotype, one_stage, parameters):
     with torch.device("meta"):
         net = network(*shape, True, genotypes.load(genotype)[0], one_stage)
@@ -33,10 +36,10 @@ def test_names_are_those_of_darts():
         "cells.0._ops.1.op.1.weight", "cells.0._ops.2.op.7.running_var",
         "cells.7.preprocess0.conv_1.weight", "auxiliary_head.features.2.weight",
         "auxiliary_head.features.6.bias", "auxiliary_head.classifier.weight", "classifier.bias",
-    ):  # fmt: skip
+    ):
         assert key in keys
     order = ["stem.0", "cells.0.preprocess0", "cells.0.preprocess1", "cells.0._ops.0",
-             "cells.19._ops.7", "auxiliary_head.features.2", "classifier"]  # fmt: skip
+             "cells.19._ops.7", "auxiliary_head.features.2", "classifier"]
     first = [min(i for i, key in enumerate(keys) if key.startswith(name)) for name in order[:3]]
     assert first == sorted(first)
     assert "cells.0._ops.0.1.weight" not in keys, "a bare skip has no BatchNorm"
@@ -73,8 +76,40 @@ def test_a_network_is_built_again_from_its_config():
     again.load_state_dict(net.state_dict())
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(net.eval()(x)[0], again.eval()(x)[0])
-    shape = shape_of(net.state_dict())
+    shape = checkpoints.shape_of(net.state_dict())
     assert shape == {key: net.config[key] for key in shape}
+
+
+@pytest.mark.parametrize("network, C", [(NetworkCIFAR, 4), (NetworkImageNet, 8)])
+def test_load_builds_the_network_of_a_file(tmp_path, network, C):
+    net = network(C, 3, 3, True, genotypes.draw(2), one_stage=True)
+    x = torch.randn(4, 3, 64, 64)
+    net(x)  # running statistics of its own
+    path = str(tmp_path / "network.pt")
+    about = dict(classes=["cat", "dog", "owl"], mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0],
+                 image_size=64)
+    checkpoints.save(path, dict(config=net.config, weights=net.state_dict(), args={}, about=about))
+    again, known = model.load(path)
+    assert type(again) is network and known == about and not again.training
+    with torch.no_grad():
+        logits, logits_aux = again(x)
+        assert logits_aux is None and torch.equal(logits, net.eval()(x)[0])
+
+
+def test_load_refuses_what_is_not_a_network(tmp_path):
+    path = str(tmp_path / "network.pt")
+    net = NetworkCIFAR(4, 3, 3, False, genotypes.ISTA_twostage)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(UserError, match="genotype"):
+        model.load(path)
+    weights = {k: v for k, v in net.state_dict().items() if k != "classifier.bias"}
+    checkpoints.save(path, dict(config=net.config, weights=weights, args={}))
+    with pytest.raises(UserError, match=r"network\.pt .*classifier\.bias"):
+        model.load(path)
+    for content in (b"", b"text"):
+        (tmp_path / "network.pt").write_bytes(content)
+        with pytest.raises(UserError, match="network.pt"):
+            model.load(path)
 
 
 def test_more_pairs_a_node_make_wider_cells():
@@ -106,15 +141,13 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 
 def test_drop_path_spares_a_bare_identity_and_evaluation():
     skips = genotypes.Genotype([("skip_connect", 0)] * 8, range(2, 6),
-                               [("skip_connect", 0)] * 8, range(2, 6))  # fmt: skip
+                               [("skip_connect", 0)] * 8, range(2, 6))
     x = torch.randn(64, 3, 8, 8)
     for one_stage, spared in ((False, True), (True, False)):
         net = NetworkCIFAR(4, 10, 6, False, skips, one_stage)
         cell = net.cells[0]
         s = net.stem(x)
-        from operations import State
-
-        whole, dropped = (cell(State(s), State(s), p).x for p in (0.0, 0.9))
+        whole, dropped = (cell(s, s, p) for p in (0.0, 0.9))
         assert torch.allclose(whole, dropped) == spared
         net.eval().drop_path_prob = 0.9
         logits = net(x)[0]

@@ -3,15 +3,19 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import ista
 import model
-from genotypes import NODES
+from genotypes import NODES, PRIMITIVES
 from model_search import Network, SparseCode
-from operations import BatchNorm2d
+from operations import last_norm
 
 SIZES = [7 * (j + 2) for j in range(NODES)]
 
@@ -30,9 +34,8 @@ def set_support(net, choose):
     for code in net.codes:
         codes = []
         for j, n in enumerate(SIZES):
-            z = torch.zeros(n, dtype=torch.float64)
-            size = torch.rand(len(choose(j)), dtype=torch.float64) + 0.5
-            z[list(choose(j))] = size * torch.tensor([1.0, -1.0])
+            z = np.zeros(n)
+            z[list(choose(j))] = (torch.rand(len(choose(j))).numpy() + 0.5) * [1, -1]
             codes.append(z)
         code.accept(codes)
 
@@ -43,7 +46,7 @@ def randomize(net):
         for b in net.arch_parameters():
             b.normal_()
         for layer in net.modules():
-            if isinstance(layer, BatchNorm2d):
+            if isinstance(layer, nn.BatchNorm2d):
                 layer.running_mean.normal_(std=0.1)
                 layer.running_var.uniform_(0.5, 2)
                 if layer.affine:
@@ -68,11 +71,13 @@ def test_shapes_and_dtypes():
 
 
 def test_recover_solves_the_sparse_coding_problem_of_what_is_there():
+    """A, b and z may be written in place."""
     code = SparseCode(lam=1e-3)
     with torch.no_grad():
-        for A, b in zip(code.A, code.b, strict=True):
+        for A, b, z in zip(code.A, code.b, code.z, strict=True):
             A.copy_(torch.rand_like(A))
             b.copy_(torch.randn_like(b))
+            z.copy_(torch.randn_like(z))
     assert code.recover() == 0
     for A, b, z, support in zip(code.A, code.b, code.z, code.support, strict=True):
         point = b.detach().double().numpy()
@@ -80,15 +85,95 @@ def test_recover_solves_the_sparse_coding_problem_of_what_is_there():
         assert gap <= 1e-9 * 0.5 * point @ point
         largest = sorted(range(len(z)), key=lambda k, z=z: (-abs(z[k].item()), k))[:2]
         assert support == [divmod(k, 7) for k in sorted(largest)]
+    S = torch.tensor([[edge * 7 + op for edge, op in node] for node in code.support])
+    assert torch.equal(code.S, S)
+    weights = code.weights()[code.weights() != 0].reshape(4, 2)
+    torch.testing.assert_close(code.active_weights(), weights)
 
 
 def test_ties_go_to_the_smaller_index():
     code = SparseCode()
-    code.accept([torch.zeros(n) for n in SIZES])
-    assert code.support == [[(0, 0), (0, 1)]] * 4
-    signs = [torch.tensor([0.0, 1, -1, 1]).repeat(9)[:n] for n in SIZES]
-    code.accept(signs)
-    assert code.support == [[(0, 1), (0, 2)]] * 4
+    code.accept([np.ones(n) for n in SIZES])
+    assert code.support == [[(0, 0), (0, 1)]] * NODES
+    code.accept([np.resize([0, 1, -1, 1], n) for n in SIZES])
+    assert code.support == [[(0, 1), (0, 2)]] * NODES
+
+
+def entries(n):
+    """Codes of n entries: few values, so that there are ties and zeros."""
+    values = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 2.0])
+    return st.lists(values, min_size=n, max_size=n).map(np.array)
+
+
+@settings(max_examples=100, deadline=None)
+@given(codes=st.tuples(*map(entries, SIZES)), distinct_edges=st.booleans())
+def test_support_is_the_largest_of_all_or_of_each_edge(codes, distinct_edges):
+    torch.manual_seed(0)
+    code = SparseCode(distinct_edges=distinct_edges)
+    last = code.support
+    support, too_sparse = code.choose(codes)
+    assert code.support is last, "choosing changes nothing"
+    for z, old, node, sparse in zip(codes, last, support, too_sparse, strict=True):
+        n = len(PRIMITIVES)
+        edges = [range(e * n, e * n + n) for e in range(len(z) // n)]
+        old = {edge * n + op for edge, op in old}
+        # Largest |z| first; among zeros those of the last support; then the smaller index.
+        order = sorted(range(len(z)), key=lambda k: (-abs(z[k]), z[k] == 0 and k not in old, k))
+        if distinct_edges:
+            order = sorted((min(edge, key=order.index) for edge in edges), key=order.index)
+        assert node == [divmod(k, n) for k in sorted(order[:2])]
+        assert sparse == any(z[k] == 0 for k in order[:2])
+        if distinct_edges:
+            assert len({edge for edge, _ in node}) == 2
+
+
+def test_distinct_edges_of_a_search():
+    """Each recovery keeps them, also where the usual support has both pairs on one edge."""
+    usual, distinct, shared = SparseCode(), SparseCode(distinct_edges=True), 0
+    for _ in range(20):
+        for b in usual.b:
+            nn.init.normal_(b)
+        distinct.load_state_dict(usual.state_dict())
+        usual.recover()
+        distinct.recover()
+        shared += sum(first[0] == second[0] for first, second in usual.support)
+        assert all(first[0] != second[0] for first, second in distinct.support)
+        for z, node in zip(distinct.z, distinct.support, strict=True):
+            largest = z.abs().view(-1, len(PRIMITIVES)).max(dim=1)
+            assert sorted(e for e, _ in node) == sorted(largest.values.topk(2).indices.tolist())
+            assert all(op == largest.indices[edge] for edge, op in node)
+    assert shared > 0
+
+
+@pytest.mark.parametrize("lam", [0.5, 1e3, 1e9])
+def test_a_code_without_enough_entries_keeps_pairs_and_does_not_freeze(lam):
+    net = tiny(one_stage=True, lam=1e-3)
+    randomize(net)
+    net.recover()
+    last = net.genotype()
+    for code in net.codes:
+        code.lam = lam
+    recovery = net.recover(freeze_tol=1e9)
+    for i, (lam_max, sparse) in enumerate(
+        zip(recovery.lam_max, recovery.too_sparse, strict=True)
+    ):
+        code, j = net.codes[i // NODES], i % NODES
+        A, b, z = code.A[j], code.b[j].detach().double(), code.z[j]
+        assert lam_max == pytest.approx((A.T @ b).abs().max().item())
+        assert (z == 0).all() == (lam >= lam_max)
+        assert sparse == (z.count_nonzero() < 2)
+        assert net.frozen[i] == recovery.frozen[i] == (not sparse)
+        old = {tuple(pair) for pair in as_pairs_of(last, i)}
+        new = {(PRIMITIVES[op], edge) for edge, op in code.support[j]}
+        assert len(new & old) >= 2 - z.count_nonzero()
+    if lam >= 1e3:
+        assert all(recovery.too_sparse) and recovery.changed == 0 and net.genotype() == last
+        assert min(recovery.distance) > 0
+
+
+def as_pairs_of(genotype, i):
+    pairs = genotype.normal if i < NODES else genotype.reduce
+    return pairs[2 * (i % NODES) : 2 * (i % NODES) + 2]
 
 
 @pytest.mark.parametrize("sparseness", [1, 2, 5])
@@ -115,6 +200,18 @@ def test_weights_are_the_formula_and_their_gradient_is_the_dictionary(sparseness
         first += j + 2
 
 
+def test_the_formula_holds_for_the_sparse_supports_of_edges():
+    """w_S = M b − c is z_S itself where b = A_S z_S, as design and paper have it."""
+    code = SparseCode(distinct_edges=True)
+    codes = [np.zeros(n) for n in SIZES]
+    for z, b, A in zip(codes, code.b, code.A, strict=True):
+        z[3], z[8] = 0.7, -0.4
+        b.data = (A @ torch.from_numpy(z)).float()
+    code.accept(codes)
+    expected = torch.tensor([[0.7, -0.4]] * NODES, dtype=torch.float64)
+    torch.testing.assert_close(code.active_weights(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_codes_stay_when_b_moves_and_weights_follow_it():
     code = SparseCode()
     code.recover()
@@ -132,6 +229,9 @@ def test_codes_stay_when_b_moves_and_weights_follow_it():
 def test_an_iterative_solver_that_does_not_converge_is_replaced_by_homotopy(monkeypatch):
     exact, other = SparseCode(), SparseCode()
     other.load_state_dict(exact.state_dict())
+    for code in (exact, other):
+        for b in code.b:
+            b.data = torch.linspace(-1, 1, 7)
     monkeypatch.setattr(ista, "MAX_ITER", 5)
     assert exact.recover() == 0
     assert other.recover("ista") == 4
@@ -147,7 +247,7 @@ def test_other_solvers_find_the_same_support(solver):
     exact, other = SparseCode(lam=1e-4), SparseCode(lam=1e-4)
     other.load_state_dict(exact.state_dict())
     for code in (exact, other):
-        code.accept([torch.zeros(n) for n in SIZES])
+        code.accept([np.eye(1, n)[0] + np.eye(1, n, 1)[0] for n in SIZES])
     assert exact.recover() == other.recover(solver) == 0
     assert exact.support == other.support and exact.support != [[(0, 0), (0, 1)]] * 4
 
@@ -170,6 +270,22 @@ def test_codes_travel_in_the_state_dict():
         for x, y in zip([*a.A, *a.z, *a.b], [*b.A, *b.z, *b.b], strict=True):
             assert torch.equal(x, y)
     assert copy.deepcopy(net).genotype() == net.genotype()
+
+
+@pytest.mark.parametrize("distinct_edges", [False, True])
+def test_state_dicts_of_before_the_support_was_in_them_load(distinct_edges):
+    net, other = (tiny(one_stage=True, distinct_edges=distinct_edges) for _ in range(2))
+    randomize(net)
+    net.recover()
+    net.freeze([True] + [False] * 7)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith("_code.S")}
+    assert len(state) == len(net.state_dict()) - 2
+    other.load_state_dict(state)
+    assert other.genotype() == net.genotype() and other.frozen == net.frozen
+    for a, b in zip(net.codes, other.codes, strict=True):
+        assert torch.equal(a.S, b.S)
+        torch.testing.assert_close(a.weights(), b.weights())
+    assert [b.requires_grad for b in other.arch_parameters()] == [False] + [True] * 7
 
 
 def test_codes_move_with_the_network():
@@ -196,7 +312,7 @@ def test_names_are_those_of_darts():
         "cells.0._ops.0._ops.0.1.running_mean", "cells.0._ops.13._ops.1.1.running_var",
         "cells.1._ops.0._ops.2.conv_1.weight", "cells.1._ops.0._ops.2.bn.running_mean",
         "cells.2._ops.5._ops.3.op.7.running_var", "classifier.weight", "classifier.bias",
-    ):  # fmt: skip
+    ):
         assert key in keys
     affine = [key for key in keys if re.match(r"cells.*(bn|op\.[23])\.bias", key)]
     assert not affine, "BatchNorm in the cells of the two-stage supernet has no γ and β"
@@ -242,7 +358,7 @@ def test_genotype_lists_the_support_by_node_and_operation():
     set_support(net, lambda j: (j * 7 + 3, 9))
     pairs = [("sep_conv_3x3", 0), ("skip_connect", 1), ("skip_connect", 1), ("sep_conv_3x3", 1),
              ("skip_connect", 1), ("sep_conv_3x3", 2), ("skip_connect", 1), ("sep_conv_3x3", 3),
-             ]  # fmt: skip
+             ]
     genotype = net.genotype()
     assert genotype.normal == genotype.reduce == pairs
     assert list(genotype.normal_concat) == [2, 3, 4, 5]
@@ -274,7 +390,7 @@ def norms(net, code, j):
         for cell in net.cells
         if net.codes[cell.reduction] is code
         for layer in cell.edges(j).modules()
-        if isinstance(layer, BatchNorm2d)
+        if isinstance(layer, nn.BatchNorm2d)
     ]
 
 
@@ -319,7 +435,7 @@ def test_a_node_is_held_until_it_freezes_and_its_b_never_moves_after():
         for layer in norms(net, frozen, j):
             assert layer.weight.requires_grad == (j == 1)
         assert all((layer.weight == 1).all() for layer in norms(net, moving, j))
-    trained = net.cells[0].edges(1)[edge]._ops[op].norm
+    trained = last_norm(net.cells[0].edges(1)[edge]._ops[op])
     assert (trained.weight != 1).any()
 
 
@@ -344,18 +460,25 @@ def test_a_candidate_that_is_too_large_is_rejected_and_freezes_nothing():
     with torch.no_grad():
         for b in net.arch_parameters():
             b.normal_()
-    genotype, z = net.genotype(), [z.clone() for code in net.codes for z in code.z]
+    genotype = net.genotype()
     candidate = copy.deepcopy(net)
     candidate.recover()
     size = sum(
         p.numel()
         for p in model.NetworkCIFAR(4, 10, 3, False, candidate.genotype(), True).parameters()
     )
+    before, weights = copy.deepcopy(net.state_dict()), [c.active_weights() for c in net.codes]
     recovery = net.recover(freeze_tol=1e9, max_params=size / 1e6)
     assert recovery.rejected and recovery.parameters == size and recovery.changed == 0
-    assert not any(net.frozen) and net.genotype() == genotype
-    for a, b in zip(z, [z for code in net.codes for z in code.z], strict=True):
-        assert torch.equal(a, b)
+    assert not any(recovery.frozen) and not any(net.frozen) and net.genotype() == genotype
+    assert all(b.requires_grad for b in net.arch_parameters())
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for w, code in zip(weights, net.codes, strict=True):
+        assert torch.equal(w, code.active_weights())
+    distance = [(z - y).norm().item() for code, other in zip(net.codes, candidate.codes,
+                strict=True) for z, y in zip(code.z, other.z, strict=True)]
+    assert recovery.distance == pytest.approx(distance)
     recovery = net.recover(freeze_tol=1e9, max_params=(size + 1) / 1e6)
     assert not recovery.rejected and all(net.frozen)
     assert net.genotype() == candidate.genotype()
@@ -399,9 +522,47 @@ def test_absorption_keeps_the_outputs(choice, pruned):
         assert torch.equal(value, before[key]), key
 
 
+def test_absorption_of_a_supernet_for_imagenet():
+    net = Network(4, 5, 4, one_stage=True, auxiliary=True, imagenet=True)
+    randomize(net)
+    set_support(net, OPERATIONS_OF_NODE[1])
+    net.freeze()
+    net.drop_path_prob = 0.25
+    plain, x = net.absorb(), torch.randn(2, 3, 64, 64)
+    assert type(plain) is model.NetworkImageNet and plain.drop_path_prob == 0.25
+    for drop_prob in (0.25, 0.0):
+        for network in (net, plain):
+            network.drop_path_prob = drop_prob
+        for training in (True, False):
+            outputs = []
+            for network in (net, plain):
+                torch.manual_seed(1)
+                with torch.no_grad():
+                    outputs.append(network.train(training)(x))
+            (a, a_aux), (b, b_aux) = outputs
+            assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+            assert (a_aux is None) == (b_aux is None) == (not training)
+            if training:
+                assert (a_aux - b_aux).abs().max() <= 1e-4 * a_aux.abs().max()
+    assert net.retraining_parameters() == sum(
+        p.numel() for name, p in plain.named_parameters() if "auxiliary" not in name
+    )
+
+
 def test_absorption_needs_the_supernet_of_one_stage_search():
     with pytest.raises(ValueError, match="one-stage"):
         tiny().absorb()
+
+
+def test_freezing_again_or_all_keeps_what_is_frozen():
+    net = tiny(one_stage=True)
+    net.freeze([False] * 7 + [True])
+    net.freeze([True] + [False] * 7)
+    assert net.frozen == [True] + [False] * 6 + [True]
+    assert net.normal_code.frozen.tolist() == [True, False, False, False]
+    net.freeze()
+    assert all(net.frozen) and not any(b.requires_grad for b in net.arch_parameters())
+    assert all(p.requires_grad for p in net.weight_parameters())
 
 
 def test_a_pruned_network_computes_the_same_and_loads_into_a_whole_one():
@@ -413,12 +574,20 @@ def test_a_pruned_network_computes_the_same_and_loads_into_a_whole_one():
     dropped = net.prune()
     assert torch.equal(net(x)[0], expected)
     assert sum(p.numel() for p in net.parameters()) == total - sum(p.numel() for p in dropped)
+    assert not net.prune(), "there is nothing more to drop"
     state = net.state_dict()
     kept = {re.match(r"cells\.\d+\._ops\.\d+\._ops\.\d+", k) for k in state if "._ops." in k}
     assert len({m[0] for m in kept}) <= 8 * 3
     other = tiny(one_stage=True).eval()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(state)
+    other.prune_like(state)
     other.load_state_dict(state)
     assert torch.equal(other(x)[0], expected) and all(other.frozen)
-    assert [k for k in other.state_dict()] == [k for k in state]
+    assert [*other.state_dict()] == [*state]
     assert not any(b.requires_grad for b in other.arch_parameters())
     assert all(p.requires_grad for p in other.weight_parameters())
+    whole = tiny(one_stage=True)
+    names = [*whole.state_dict()]
+    whole.prune_like(whole.state_dict())
+    assert [*whole.state_dict()] == names
