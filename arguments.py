@@ -112,6 +112,39 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+    def wrong_flag(self, values):
+        """The first flag whose value in a dict could not have come from this parser, or None."""
+        defaults = {**{a.dest: a.default for a in self._actions}, **self.published(values)}
+        for action in self._actions:
+            value = values.get(action.dest, defaults[action.dest])
+            if value is None or isinstance(value, bool):
+                fits = value is defaults[action.dest] or (value is not None and action.nargs == 0)
+            else:
+                try:
+                    fits = (action.type or str)(str(value)) == value
+                except argparse.ArgumentTypeError:
+                    fits = False
+                fits = fits and (action.choices is None or value in action.choices)
+            if not fits:
+                return action.dest
+        return None
+
+
+def check_saved(kind, values, path):
+    """Raise UserError unless these can be the flags of a run of a kind; missing ones may be newer.
+
+    Parameters
+    ----------
+    kind : {"search", "train"}
+    values : dict
+    path : str
+        Where they are from.
+    """
+    parser = {"search": get_search_parser, "train": get_train_parser}[kind]("")
+    if name := parser.wrong_flag(values):
+        raise UserError(f"{path} is damaged: --{name} cannot be {values[name]!r:.60}")
+
+
 def shown(value):
     """A default as the help shows it."""
     if isinstance(value, bool):

@@ -93,6 +93,34 @@ def command(prog):
 FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs"}
 
 
+def check_origin(path, args):
+    """Raise UserError where a checkpoint is not of the run whose config.json lies beside it.
+
+    Parameters
+    ----------
+    path : str
+        Of the checkpoint.
+    args : dict
+        The flags in it. Other ranks have other --batch_size.
+    """
+    config = os.path.join(os.path.dirname(path), "config.json")
+    try:
+        with open(config, encoding="utf-8") as file:
+            begun = dict(json.load(file))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{config} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{config} is damaged: without it, the run could be resumed") from None
+    for name in begun.keys() - FREE - {"save", "epochs", "batch_size"}:
+        if name not in args or args[name] != begun[name]:
+            raise UserError(
+                f"{path} is not of the run in this folder, or is damaged: --{name} is "
+                f"{args.get(name, 'missing')} in it, and {begun[name]} in config.json"
+            )
+
+
 class Run:
     """A run and its folder, which is made, or gone on with, by `begin`.
 
@@ -131,14 +159,8 @@ class Run:
     def _load(self, typed):
         """Take the checkpoint of --resume, and the flags of its run."""
         path = arguments.checkpoint_path(typed.resume)
-        checkpoint = checkpoints.load(path)
-        if not isinstance(checkpoint, dict) or checkpoint.get("kind") != self.kind:
-            raise UserError(
-                f"--resume {typed.resume}: that is not a checkpoint of a {self.kind} run; "
-                "search.py resumes searches, and train.py trainings"
-            )
-        if isinstance(checkpoint["random"], dict):  # of before there could be several ranks
-            checkpoint["random"] = [checkpoint["random"]]
+        checkpoint = checkpoints.load_run(path, self.kind)
+        check_origin(path, checkpoint["args"])
         saved = {**vars(typed), **checkpoint["args"]}  # a newer flag than the run: its default
         for name in typed.typed:
             value = getattr(typed, name)
@@ -355,6 +377,10 @@ class Run:
     # What is saved
     # --------------------------------------------------------------------------------------------
 
+    def restoring(self):
+        """Context in which what does not fit is damage to the checkpoint."""
+        return checkpoints.taking(arguments.checkpoint_path(self.args.resume))
+
     @rank_zero_only
     def save_checkpoint(self, **state):
         """Write checkpoint.pt such that a whole one exists at every moment.
@@ -362,7 +388,10 @@ class Run:
         The one that was there stays as checkpoint-previous.pt. `state` is made of tensors,
         numbers, strings, lists and dicts.
         """
-        about = dict(kind=self.kind, version=arguments.__version__, args=plain(self.args))
+        about = dict(
+            kind=self.kind, version=arguments.__version__, args=plain(self.args),
+            primitives=genotypes.PRIMITIVES,
+        )
         checkpoints.save(self.file("checkpoint.pt"), about | state, keep_last=True)
 
     @rank_zero_only

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import arguments
+import checkpoints
 import data
 import distributed
 import fast
@@ -66,8 +67,7 @@ def main(args):
         distinct_edges=args.distinct_edges,
     )
     if checkpoint:
-        net.prune_like(checkpoint["net"])
-        net.load_state_dict(checkpoint["net"])
+        checkpoints.load_supernet(net, checkpoint["net"], args.resume)
     net = fast.accelerate(net.to(device, memory_format=memory_format))
     weight_optimizer, arch_optimizer = optimizers(net, args)
     utils.seed_drop_path(args.seed)
@@ -77,10 +77,10 @@ def main(args):
     epoch, schedule_start, row = 0, None if args.one_stage else 0, {}
     if checkpoint:
         epoch, schedule_start, row = (checkpoint[k] for k in ("epoch", "schedule_start", "row"))
-        weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
-        arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
-        arch_optimizer.param_groups[0]["capturable"] = args.cuda_graphs
-        utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+        with run.restoring():
+            checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"])
+            checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
+            utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:
         report(run, net.recover(args.solver))
     run.begin(device, columns(args))
