@@ -6,6 +6,7 @@ once, and checked whenever one is read.
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import zipfile
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import arguments
 import genotypes
-from utils import UserError, replacing
+from utils import UserError, is_out_of_memory, replacing
 
 # ------------------------------------------------------------------------------------------------
 # What the files hold
@@ -39,6 +40,16 @@ def plain(value):
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def weight(value):
+    """Whether this is a tensor that a network could hold."""
+    return isinstance(value, Tensor) and not value.is_complex()
+
+
+def of_channels(value):
+    """Whether this is a list of a number for each of the 3 channels."""
+    return isinstance(value, list) and [type(x) for x in value] == 3 * [float]
+
+
 NUMBER = (int, float)
 OPTIMIZER = {"state": {int: dict}, "param_groups": [{"params": [int]}]}
 RUN = {  # what the checkpoints of both scripts hold
@@ -55,23 +66,23 @@ NETWORK = {  # what a network.pt holds
         "imagenet": bool, "C": count, "num_classes": count, "layers": count, "auxiliary": bool,
         "one_stage": bool, "genotype": {key: list for key in genotypes.Genotype._fields},
     },
-    "weights": {str: Tensor},
+    "weights": {str: weight},
     "args": {"dataset": arguments.DATASETS.__contains__, "data": str, "image_size": count},
     "about": (MISSING, {
-        "classes": (MISSING, [str]), "mean": (MISSING, [*NUMBER]), "std": (MISSING, [*NUMBER]),
-        "image_size": (MISSING, count), str: plain,
+        "classes": (MISSING, [str]), "mean": (MISSING, of_channels),
+        "std": (MISSING, of_channels), "image_size": (MISSING, count), str: plain,
     }),
 }
 CHECKPOINTS = {
     "search": {
-        **RUN, "schedule_start": (None, int), "net": {str: Tensor}, "weight_optimizer": OPTIMIZER,
+        **RUN, "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
         "arch_optimizer": OPTIMIZER,
     },
     "train": {**RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "best": NUMBER,
               "optimizer": OPTIMIZER},
 }
 MEMORY = {  # what an optimizer remembers of a parameter
-    torch.optim.SGD: {"momentum_buffer": (MISSING, None, Tensor)},
+    torch.optim.SGD: {"momentum_buffer": (None, Tensor)},
     torch.optim.Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
 }
 
@@ -115,11 +126,11 @@ def taking(path):
     """Say that a file is damaged where what it holds is not what it is taken for."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except (
         RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError
     ) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split())[:200] + " is missing" * isinstance(error, KeyError)
         raise UserError(f"{path} is damaged: {text}") from None
 
@@ -262,6 +273,36 @@ def load_run(path, kind):
     return state
 
 
+def check_origin(path, args, free):
+    """Raise UserError where a checkpoint is not of the run whose config.json lies beside it.
+
+    Parameters
+    ----------
+    path : str
+        Of the checkpoint.
+    args : dict
+        The flags in it. --epochs may have grown, and more ranks have a smaller --batch_size.
+    free : set of str
+        Flags that may be given anew.
+    """
+    config = os.path.join(os.path.dirname(path), "config.json")
+    try:
+        with open(config, encoding="utf-8") as file:
+            begun = dict(json.load(file))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{config} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{config} is damaged: without it, the run could be resumed") from None
+    for name in begun.keys() - free - {"save", "epochs", "batch_size"}:
+        if name not in args or args[name] != begun[name]:
+            raise UserError(
+                f"{path} is not of the run in this folder, or is damaged: --{name} is "
+                f"{args.get(name, 'missing')} in it, and {begun[name]} in config.json"
+            )
+
+
 def load_supernet(net, weights, path):
     """Load the weights in the checkpoint of a search into its supernet.
 
@@ -278,8 +319,16 @@ def load_supernet(net, weights, path):
         net.load_state_dict(weights)
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer(optimizer, state, complete=True):
     """Load what an optimizer remembers; learning rate and the like are those of the flags.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.SGD or torch.optim.Adam
+    state : dict
+        What its state_dict was.
+    complete : bool
+        Whether it has updated all of its parameters: operations that never ran it has not.
 
     Raises
     ------
@@ -290,6 +339,9 @@ def load_optimizer(optimizer, state):
     if [g["params"] for g in groups] != [g["params"] for g in state["param_groups"]]:
         raise ValueError("the optimizer had other parameters")
     parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
+    if optimizer.defaults.get("momentum", 1):  # without momentum SGD remembers nothing
+        if lost := {*(parameters if complete else [0])} - state["state"].keys():
+            raise ValueError(f"the optimizer's state {min(lost)} is missing")
     for index, memory in state["state"].items():
         found = departure(memory, MEMORY[type(optimizer)], f"the optimizer's state {index}")
         if found or index not in parameters:

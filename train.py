@@ -184,6 +184,7 @@ def load_images(run, device, config):
             f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
             f"{len(test.classes)}: give its --dataset and --data"
         )
+    utils.warn_if_busy(device, run.log)
     if not args.evaluate:
         if not run.checkpoint:
             arguments.fit_to_data(
