@@ -203,6 +203,10 @@ def name(text):
     """Type of a flag that takes the name of a file, a folder or a device."""
     if not text:  # as of a variable that a shell script has not set
         raise argparse.ArgumentTypeError("give a name: this one is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # neither TensorBoard nor matplotlib can take it
+        raise argparse.ArgumentTypeError(f"the name {ascii(text)} is not UTF-8") from None
     return text
 
 

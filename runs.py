@@ -366,10 +366,10 @@ class Run:
         """Warn where events of TensorBoard cannot be written: a run can do without."""
         try:
             yield
-        except (OSError, UnicodeError) as error:
-            self.board, text = None, getattr(error, "strerror", None) or error
+        except OSError as error:
+            self.board = None
             self.warn_once("tensorboard", f"{self.file('tensorboard')} could not be written, so "
-                           f"there are no more events: {text}")
+                           f"there are no more events: {error.strerror or error}")
 
     @rank_zero_only
     def show_figure(self, name, figure, epoch):

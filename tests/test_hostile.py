@@ -153,7 +153,7 @@ def patience():
 
 
 # Every so many of the mutations, so that different ones come up at each entry.
-CASES = [("two", "search.py", 19), ("one", "search.py", 29), ("train", "train.py", 19)]
+CASES = [("two", "search.py", 41), ("one", "search.py", 29), ("train", "train.py", 19)]
 
 
 @pytest.mark.parametrize(("run", "script", "stride"), CASES)
@@ -165,13 +165,13 @@ def test_a_damaged_checkpoint_resumes_or_ends_in_one_line(here, patience, run, s
         status, _, err = call(script, "--resume", "work")
         assert status in (0, 2) and err.count("\n") == (status == 2), (path, value, err)
         statuses.append(status)
-    assert statuses.count(2) > 20
+    assert statuses.count(2) > 10
 
 
 def test_a_damaged_network_evaluates_or_ends_in_one_line(here, patience):
     state = torch.load("train/network.pt", weights_only=True)
     statuses = []
-    for path, value in list(mutations(state))[::19]:
+    for path, value in list(mutations(state))[::31]:
         put("train", mutated(state, path, value), "network.pt")
         status, _, err = call("train.py", "--evaluate", "--weights", "work/network.pt")
         assert status in (0, 2) and err.count("\n") == (status == 2), (path, value, err)
@@ -290,6 +290,7 @@ WRONG = [
     ([*TWO_STAGE, "--device", "meta"], "--device meta"),
     ([*TWO_STAGE, "--data", ""], "empty"),
     ([*TWO_STAGE, "--save", ""], "empty"),
+    ([*TWO_STAGE, "--save", "a\udcff"], "not UTF-8"),
     ([*TWO_STAGE, "--save", "/dev/null/x"], "Not a directory"),
     ([*TWO_STAGE, "--save", "x" * 300], "name too long"),
     (["search.py", "--resume", ""], "empty"),  # an unset variable must not start a new run
@@ -355,7 +356,7 @@ def test_tensorboard_may_be_a_file(place, monkeypatch):
 resource = pytest.importorskip("resource")
 
 
-@pytest.mark.parametrize("limit", [10, 1500, 4000, 20_000, 60_000])
+@pytest.mark.parametrize("limit", [10, 4000, 60_000])
 def test_a_full_disk_says_so_and_the_last_checkpoint_stands(here, limit):
     put("two", torch.load("two/checkpoint.pt", weights_only=True))
     for name in ("metrics.jsonl", "genotypes.jsonl"):
