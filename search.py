@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import arguments
+import checkpoints
 import data
 import distributed
 import fast
@@ -66,8 +67,7 @@ def main(args):
         distinct_edges=args.distinct_edges,
     )
     if checkpoint:
-        net.prune_like(checkpoint["net"])
-        net.load_state_dict(checkpoint["net"])
+        checkpoints.load_supernet(net, checkpoint["net"], arguments.checkpoint_path(args.resume))
     net = fast.accelerate(net.to(device, memory_format=memory_format))
     weight_optimizer, arch_optimizer = optimizers(net, args)
     utils.seed_drop_path(args.seed)
@@ -77,10 +77,10 @@ def main(args):
     epoch, schedule_start, row = 0, None if args.one_stage else 0, {}
     if checkpoint:
         epoch, schedule_start, row = (checkpoint[k] for k in ("epoch", "schedule_start", "row"))
-        weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
-        arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
-        arch_optimizer.param_groups[0]["capturable"] = args.cuda_graphs
-        utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+        with run.restoring():
+            checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"], False)
+            checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
+            utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:
         report(run, net.recover(args.solver)._asdict())
     run.begin(device, columns(args))
@@ -147,7 +147,8 @@ def two_stage_epoch(
     """
     weights, points = net.weight_parameters(), net.arch_parameters()
     device = weights[0].device
-    meter, arch_meter = utils.Meter(device), utils.Meter(device)
+    arch_meter = utils.Meter(device)
+    meter = utils.Meter(device, blame="--arch_learning_rate", after=arch_meter)
 
     def step(x, y, x_arch, y_arch):
         # b, with the weights as they are: no gradient of a weight is computed.
@@ -200,7 +201,7 @@ def one_stage_epoch(net, parallel, batches, weight_optimizer, arch_optimizer, ar
     """
     weights, points = net.weight_parameters(), net.arch_parameters()
     device = weights[0].device
-    meter = utils.Meter(device)
+    meter = utils.Meter(device, blame="--learning_rate, --arch_learning_rate or --grad_clip")
 
     def step(x, y):
         with utils.autocast(device, args.amp):
@@ -261,6 +262,7 @@ def load_images(run, device):
             args, smallest, arguments.search_setting(vars(args)), distributed.world_size(), run.log
         )
     run.log(f"device: {device}")
+    utils.warn_if_busy(device, run.log)
     if args.layers < 3:
         run.log("warning: with fewer than 3 layers there is no normal cell, so none is searched")
     if device.type == "cpu":
