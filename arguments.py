@@ -62,8 +62,9 @@ def train_setting(typed):
 class Parser(argparse.ArgumentParser):
     """A parser that answers an error with one line, and knows which flags were typed."""
 
-    def __init__(self, prog, description, published, check):
-        self.published, self.check = published, check
+    def __init__(self, prog, description, published=None, check=None):
+        self.published = published or (lambda typed: {})
+        self.check = check or (lambda args: None)
         super().__init__(
             prog=prog, description=description, usage=f"{prog} [flags]", allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
