@@ -222,18 +222,17 @@ def search_figure(run):
     panels.append((_draw_distances, None, 1.1))
     panels += [(_draw_weights, cell, 0.9) for cell in lanes if run.history[-1].weights[cell]]
     heights = [height for *_, height in panels]
-    figure = new_figure(WIDTH, 0.5 + sum(heights) + 0.25 * len(panels), layout="constrained")
+    figure = new_figure(WIDTH, 0.6 + sum(heights) + 0.26 * len(panels), layout="constrained")
     grid = figure.add_gridspec(len(panels), NODES, height_ratios=heights)
     for i, (draw, cell, _) in enumerate(panels):
         if draw is _draw_weights:
-            row = grid[i, :].subgridspec(1, NODES).subplots(sharey=True)
-            draw(row, run, until, cell)
+            first = figure.add_subplot(grid[i, 0])
+            rest = [figure.add_subplot(grid[i, j], sharey=first) for j in range(1, NODES)]
+            draw([first, *rest], run, until, cell)
         else:
             axes = figure.add_subplot(grid[i, :])
-            draw(axes, run, until, *([cell, *lanes[cell]] if cell else []))
             epoch_axis(axes, until)
-            if cell:
-                axes.set_xlabel(None)
+            draw(axes, run, until, *([cell, *lanes[cell]] if cell else []))
     changes = [b.epoch for a, b in pairwise(run.history) if a.genotype != b.genotype]
     text = f"last change of a pair in epoch {changes[-1]}" if changes else "no change of a pair"
     figure.suptitle(f"{run.name}: {text}; {until} epochs of search", x=0.01, ha="left")
@@ -315,7 +314,8 @@ def _draw_choices(axes, run, until, cell, lanes, bottom):
     axes.set_yticks([top + height / 2 for top, height in lanes.values()],
                     [f"{INPUTS[source]} → {node}" for node, source in lanes], size=6)
     axes.set(ylim=(bottom, 0), title=CELLS[cell], ylabel="input → node")
-    axes.tick_params(length=0)
+    axes.set_xlabel(None)
+    axes.tick_params(length=0, labelbottom=False)
     axes.grid(False)
     if cell == "normal":
         _legend(axes)
@@ -333,7 +333,8 @@ def _draw_distances(axes, run, until):
         if freezes.get(node) in epochs:
             axes.plot(freezes[node], values[epochs.index(freezes[node])], "o", mec="black", **look)
     if run.one_stage and run.config.get("freeze_tol"):
-        axes.axhline(run.config["freeze_tol"], color="black", linestyle=":", label="tolerance")
+        axes.axhline(run.config["freeze_tol"], color="black", linestyle=":", marker="",
+                     label="tolerance")
     axes.set(yscale="log", title="distance of each code from the last one, $\\|z_t - z_{t-1}\\|_2$")
     _legend(axes)
 
@@ -354,8 +355,8 @@ def _draw_weights(row, run, until, cell):
         axes.axhline(0, color="#888888", linewidth=0.5, marker="", zorder=1)
         axes.set_title(f"{CELLS[cell]}, node {node}", size=6.5)
         epoch_axis(axes, until, 3)
-        axes.set_xlabel(None if cell == "normal" else "epoch")
-    row[0].set_ylabel("weights of active pairs")
+        axes.tick_params(labelleft=node == 0)
+    row[0].set_ylabel("weights $w_S$")
     if cell == "normal":
         for name, marker in zip(INPUTS, MARKERS, strict=True):
             axes.plot([], [], marker, color="black", label=f"from {name}")

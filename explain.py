@@ -108,7 +108,7 @@ def method_figure(code):
         page.add_patch(Rectangle((left + k * unit, top), unit, m * unit, fill=False, linewidth=2.2,
                                  edgecolor=OPERATIONS[operation][1]))
 
-    arrow(0.55, top + m * unit + 0.08, 0.55, codes - 0.24)
+    arrow(0.45, top + m * unit + 0.08, 0.45, codes + 0.08)
     say(left - 0.3, codes - 0.18, "2  sparse code: $z = \\arg\\min\\;\\frac{1}{2}\\|Az - b\\|^2 + "
         "\\lambda\\|z\\|_1$", 9.5)
     axes = add_axes(left, codes, n * unit, 0.75)

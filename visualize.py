@@ -163,12 +163,12 @@ def curves_figure(run):
             epochs, values = _series(run, f"{kind}_{what}")
             if epochs:
                 axes.plot(epochs, values, color=colour, label=name)
+        epoch_axis(axes, run.metrics[-1]["epoch"])
         if what == "loss":
             _clip_outliers(axes)
         if run.end is not None:
             axes.axvline(run.end + 0.5, label="search ends", color="black", linewidth=0.9,
                          linestyle=(0, (4, 2)), marker="", zorder=5)
-        epoch_axis(axes, run.metrics[-1]["epoch"])
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     what, epochs, values = _accuracy(run)
     text = f"{what} accuracy {values[-1]:.2f} %, best {max(values):.2f} %" if values else ""
@@ -177,19 +177,22 @@ def curves_figure(run):
 
 
 def _clip_outliers(axes):
-    """Let up to 3 values that would flatten all others leave the axis, each marked and named."""
+    """Let up to 3 values that would flatten all others leave the axis, each marked and written."""
     points = [(y, x, line.get_color()) for line in axes.lines for x, y in line.get_xydata()]
     points.sort(reverse=True)
+    bottom = points[-1][0] if points else 0
     for k in range(min(3, len(points) // 4), 0, -1):
-        top, bottom = points[k][0], points[-1][0]
+        high = points[k][0] - bottom  # of all others
         # Three times: a first epoch is often twice as far off as all that follow.
-        if points[k - 1][0] - bottom > 3 * (top - bottom) > 0:
-            axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.15 * (top - bottom))
-            for y, x, colour in points[:k]:
-                axes.plot(x, 0.97, "^", color=colour, markersize=4, gid="outlier",
-                          transform=axes.get_xaxis_transform())
-                axes.annotate(f"{y:.3g}", (x, 0.97), (4, 0), axes.get_xaxis_transform(),
-                              textcoords="offset points", va="center")
+        if points[k - 1][0] - bottom > 3 * high > 0:
+            axes.set_ylim(bottom - 0.05 * high, bottom + (1.05 + 0.12 * k) * high)
+            for i, (y, x, colour) in enumerate(points[:k]):
+                place = dict(y=0.95 - 0.09 * i, transform=axes.get_xaxis_transform())
+                left = x > fmean(axes.get_xlim())  # half of the axis; then there is room there
+                axes.plot(x, place["y"], "^", color=colour, markersize=4, gid="outlier",
+                          transform=place["transform"])
+                axes.text(x, s=f"   {y:.3g}   ", va="center", ha="right" if left else "left",
+                          bbox=dict(facecolor="white", edgecolor="none", pad=0), zorder=4, **place)
             return
 
 
