@@ -2,7 +2,7 @@
 # make test   run the tests
 # make crash  kill runs at random moments, many times
 # make cuda   run whole scripts on a GPU that is not there (see tests/test_null_gpu.py)
-# All make the virtual environment .venv and install requirements.txt into it first.
+# All make the virtual environment .venv first and install what they need into it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,18 +18,22 @@ demo: $(VENV)/installed
 	    --init_channels 8 --layers 5 --batch_size 32 --epochs 12 --learning_rate 0.0083 \
 	    --save $$run/train
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash and not cuda"
 
-crash: $(VENV)/installed
+crash: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 -m crash
 
-cuda: $(VENV)/installed
+cuda: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -rs -m cuda
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 clean:

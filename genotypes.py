@@ -16,7 +16,7 @@ import re
 import warnings
 from collections import namedtuple
 
-from utils import UserError
+from utils import UserError, replacing
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
@@ -172,10 +172,8 @@ def save(path, genotype, one_stage, **about):
     # One pair a line is easier to compare by eye than one number a line.
     text = re.sub(r'\[\s+("\w+"),\s+(\d)\s+\]', r"[\1, \2]", text)
     text = re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    partial = f"{path}.partial"
-    with open(partial, "w") as file:
-        file.write(text + "\n")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def as_lists(genotype):

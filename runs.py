@@ -425,11 +425,9 @@ class Run:
     @rank_zero_only
     def save_genotype(self, genotype, one_stage, **about):
         """Write genotype.json; see `genotypes.save`."""
-        with writing(self.file("genotype.json")):
-            genotypes.save(
-                self.file("genotype.json"), genotype, one_stage, arguments=plain(self.args),
-                **about,
-            )
+        genotypes.save(
+            self.file("genotype.json"), genotype, one_stage, arguments=plain(self.args), **about
+        )
 
     @rank_zero_only
     def draw(self, draw_run):

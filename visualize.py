@@ -26,7 +26,7 @@ import arguments
 import explain
 import genotypes
 from cells import CELLS, COLUMN, WIDTH, cells_figure, epoch_axis, new_figure, search_figure, style
-from utils import UserError
+from utils import UserError, replacing
 
 # ------------------------------------------------------------------------------------------------
 # Run folders
@@ -322,18 +322,12 @@ def save(figure, path):
     UserError
         If it ends otherwise, or cannot be written.
     """
-    partial, ending = f"{path}.partial", os.path.splitext(path)[1].lower()
+    ending = os.path.splitext(path)[1].lower()
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     if ending not in undated:
         raise UserError(f"{path}: a picture ends in {', '.join(undated)}")
-    try:
-        figure.savefig(partial, format=ending[1:], metadata=undated[ending])
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
+    with replacing(path) as file:
+        figure.savefig(file, format=ending[1:], metadata=undated[ending])
 
 
 def draw_run(run_dir, folder=None):
