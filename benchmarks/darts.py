@@ -5,16 +5,17 @@
         --batch_size 256 --learning_rate 0.1 --arch_learning_rate 6e-4        # PC-DARTS'
     python benchmarks/nasbench301.py --model M.onnx --encoding E.json runs/darts
 
-It is what a search by sparse coding is compared with, at equal data and steps. Every edge runs all
-7 operations, weighted by a softmax over α; each step moves first α, by Adam on a batch of one half
-of the training images, then the weights, by SGD on a batch of the other half. Each node keeps, of
-its edges' best operations, the 2 with the largest weights. (DARTS has an 8th operation, `none`, for
-which α can decide but no cell can; it is not in our space.) With `--partial K` an edge's operations
-see 1/K of the channels, the others pass by, and a softmax over β weighs the edges of a node.
+A search by sparse coding is compared with it, at equal data and steps. Every edge runs all 7
+operations (DARTS' eighth, `none`, is not in our space), weighted by a softmax over α. A step moves
+first α, by Adam on a batch of one half of the training images, then the weights, by SGD on a batch
+of the other half. Each node keeps the 2 edges whose best operation has the largest weight. With
+`--partial K` the operations of an edge see 1/K of its channels, the others pass by them, and a
+softmax over β weighs the edges of a node.
 
-Sources: Liu, Simonyan, Yang, DARTS, ICLR 2019; Xu et al., PC-DARTS, ICLR 2020. The same command
-goes on with a search that was interrupted. DIR gets metrics.jsonl, genotypes.jsonl and
-genotype.json, as search.py writes them.
+The folder gets metrics.jsonl, genotypes.jsonl and genotype.json, as from search.py. The same
+command goes on with a search that was interrupted.
+
+Sources: Liu, Simonyan, Yang, DARTS, ICLR 2019; Xu et al., PC-DARTS, ICLR 2020.
 """
 
 import json
@@ -48,29 +49,23 @@ def get_args_parser():
     parser = arguments.Parser(prog="darts.py", description=__doc__)
     parser.add_argument("--save", required=True, metavar="DIR", help="folder of the search")
     parser.add_argument("--dataset", default="cifar10", choices=data.DATASETS)
+    parser.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     whole, real = arguments.whole, arguments.real
     for name, kind, default, help in (
         ("data", str, "data", "where the images are"),
-        ("device", str, None, "cuda or cpu"),
         ("image_size", whole(4), 32, "pixels"),
-        ("seed", whole(0), 2, "of the networks, the split and the order of the images"),
+        ("seed", whole(0), 2, "of all that is random"),
         ("init_channels", whole(1), 16, "channels of the first cells"),
         ("layers", whole(3), 8, "cells"),
         ("partial", whole(1), 1, "operations see 1/K of the channels; PC-DARTS: 4"),
         ("epochs", whole(1), 50, "of the search"),
         ("warm_up", whole(0), 0, "epochs at the start in which α and β rest; PC-DARTS: 15"),
         ("batch_size", whole(2), 64, "images of α, and images of the weights, in a step"),
-        ("learning_rate", real(0), 0.025, "of the weights at first; it falls by a cosine"),
-        ("learning_rate_min", real(0), 0.001, "of the weights at last"),
-        ("momentum", real(0), 0.9, "of the weights"),
-        ("weight_decay", real(0), 3e-4, "of the weights"),
-        ("grad_clip", real(0), 5.0, "largest norm of the weights' gradient"),
+        ("learning_rate", real(0), 0.025, "of the weights at first; it falls to 0.001"),
         ("arch_learning_rate", real(0), 3e-4, "of α and β"),
-        ("arch_weight_decay", real(0), 1e-3, "of α and β"),
-        ("train_portion", real(0, 1, open_low=True), 0.5, "part of the images for the weights"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=help)
-    parser.show_defaults()
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X",
+                            help=f"{help} (%(default)s)")
     return parser
 
 
@@ -185,8 +180,7 @@ def main(args):
     generator = utils.seed_everything(args.seed, device)
     layout = utils.memory_format(device, amp=False)
     images, _ = data.load(args.dataset, args.data, args.image_size, device)
-    halves = [images.subset(half)
-              for half in data.split(images.labels, args.train_portion, args.seed)]
+    halves = [images.subset(half) for half in data.split(images.labels, 0.5, args.seed)]
     batches, arch_batches = (
         half.batches(args.batch_size, train=True, generator=generator, memory_format=layout)
         for half in halves)
@@ -195,11 +189,10 @@ def main(args):
     net = Network(args.init_channels, len(images.classes), args.layers, args.partial)
     net = fast.accelerate(net.to(device, memory_format=layout))
     optimizer = torch.optim.SGD(
-        net.weight_parameters(), args.learning_rate, args.momentum,
-        weight_decay=args.weight_decay, foreach=True)
+        net.weight_parameters(), args.learning_rate, momentum=0.9, weight_decay=3e-4, foreach=True)
     arch_optimizer = torch.optim.Adam(
         net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
-        weight_decay=args.arch_weight_decay, fused=True)
+        weight_decay=1e-3, fused=True)
     rows, history = [], []
     if checkpoint:
         rows, history = checkpoint["rows"], checkpoint["history"]
@@ -210,11 +203,10 @@ def main(args):
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         began = time.monotonic()
-        learning_rate = utils.cosine(
-            epoch - 1, args.epochs, args.learning_rate, args.learning_rate_min)
+        learning_rate = utils.cosine(epoch - 1, args.epochs, args.learning_rate, 0.001)
         utils.set_learning_rate(optimizer, learning_rate)
         meter = train(net, batches, arch_batches, optimizer,
-                      arch_optimizer if epoch > args.warm_up else None, args.grad_clip)
+                      arch_optimizer if epoch > args.warm_up else None)
         row = dict(epoch=epoch, learning_rate=learning_rate)
         row["train_loss"], row["train_accuracy"] = meter.read()
         row["valid_loss"], row["valid_accuracy"] = utils.evaluate(net, held_out)
@@ -238,15 +230,15 @@ def main(args):
           f"{max(row['peak_memory_gib'] for row in rows):.2f} GiB, genotype = {net.genotype()}")
 
 
-def train(net, batches, arch_batches, optimizer, arch_optimizer, grad_clip):
-    """One epoch: at each step first α and β, then the weights; without `arch_optimizer` those."""
+def train(net, batches, arch_batches, optimizer, arch_optimizer):
+    """One epoch. At each step first α and β move, unless `arch_optimizer` is None."""
     weights, arch = net.weight_parameters(), net.arch_parameters()
     meter = utils.Meter(weights[0].device)
     net.train()
     for (x, y), (x_arch, y_arch) in zip(batches, arch_batches.endless(), strict=False):
         if arch_optimizer:
             step(net, x_arch, y_arch, arch_optimizer, arch, weights)
-        loss, logits = step(net, x, y, optimizer, weights, arch, grad_clip)
+        loss, logits = step(net, x, y, optimizer, weights, arch, grad_clip=5.0)
         meter.add(loss, logits, y)
     return meter
 
@@ -297,6 +289,6 @@ if __name__ == "__main__":
         main(get_args_parser().parse_args())
     except utils.Diverged as error:
         arguments.fail("darts.py", f"the loss is not finite in step {error} of an epoch: give a "
-                       "smaller --learning_rate or --grad_clip")
+                       "smaller --learning_rate")
     except (ValueError, OSError) as error:
         arguments.fail("darts.py", error)
