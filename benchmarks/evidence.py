@@ -53,26 +53,27 @@ DATA = {"dataset": "digits", "data": "data", "image_size": 32}
 
 def get_args_parser():
     parser = arguments.Parser(prog="evidence.py", description=__doc__)
-    count = arguments.whole(0)
     parser.add_argument("--save", required=True, metavar="DIR", help="folder of all runs")
-    parser.add_argument("--searches", type=count, default=8, metavar="K", help="search seeds")
-    parser.add_argument("--random", type=count, default=8, metavar="R", help="random cells")
-    parser.add_argument("--one_stage", type=count, default=1, metavar="N", help="one-stage seeds")
+    count, whole = arguments.whole(0), arguments.whole(1)
+    for name, kind, default, help in (
+        ("searches", count, 8, "search seeds"),
+        ("random", count, 8, "random cells"),
+        ("one_stage", count, 1, "seeds of one-stage searches"),
+        ("variant_searches", count, 3, "search seeds of each variant"),
+        ("search_flags", str, SEARCH, "of every two-stage search"),
+        ("train_flags", str, TRAIN, "of every training"),
+        ("one_stage_flags", str, ONE_STAGE, "of every one-stage search"),
+        *((name, str, default, "as in search.py") for name, default in DATA.items()),
+        ("jobs", whole, 1, "runs at a time"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X",
+                            help=f"{help} (%(default)s)")
     parser.add_argument("--variants", nargs="+", default=[], type=variant, metavar="NAME=FLAGS",
                         help="further searches, with these flags as well")
-    parser.add_argument("--variant_searches", type=count, default=3, metavar="K",
-                        help="search seeds of each variant")
-    parser.add_argument("--search_flags", default=SEARCH, help="of every two-stage search")
-    parser.add_argument("--train_flags", default=TRAIN, help="of every training")
-    parser.add_argument("--one_stage_flags", default=ONE_STAGE, help="of every one-stage search")
     parser.add_argument("--distinct_edges", action="store_true", default=False,
                         help="searches and random cells have at most one pair an edge")
-    for name, default in DATA.items():
-        parser.add_argument(f"--{name}", default=default, help="as in search.py")
-    parser.add_argument("--images", type=arguments.whole(1), nargs=2, metavar=("TRAIN", "TEST"),
+    parser.add_argument("--images", type=whole, nargs=2, metavar=("TRAIN", "TEST"),
                         help="use so many images of an image folder, the same of each class")
-    parser.add_argument("--jobs", type=arguments.whole(1), default=1, help="runs at a time")
-    parser.show_defaults()
     return parser
 
 

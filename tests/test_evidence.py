@@ -55,7 +55,9 @@ def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path)
     ]
     for cell in cells:
         log = (tmp_path / f"out/train-{cell['group']}-{cell['seed']}/log.txt").read_text()
-        assert f"test accuracy {cell['accuracy']:.2f} % after the last epoch" in log
+        accuracy = cell["accuracy"]
+        assert (f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} % after the last epoch"
+                in log)
         assert f"network: {cell['parameters'] / 1e6:.4f} M parameters" in log
         assert f"genotype = {genotypes.from_lists(cell['genotype'])}" in log
     assert len(cells[1]["changed"]) == 2 and len(cells[2]["changed"]) == 1
