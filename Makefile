@@ -1,13 +1,14 @@
 # make demo   search a cell on handwritten digits, train it, report its accuracy (10 minutes)
 # make test   run the tests
 # make crash  kill runs at random moments, many times
+# make cuda   run whole scripts on a GPU that is not there (see tests/test_null_gpu.py)
 # All make the virtual environment .venv and install requirements.txt into it first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test crash clean
+.PHONY: demo test crash cuda clean
 
 demo: $(VENV)/installed
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S); set -ex; \
@@ -18,10 +19,13 @@ demo: $(VENV)/installed
 	    --save $$run/train
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash and not cuda"
 
 crash: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m crash
+
+cuda: $(VENV)/installed
+	$(BIN)/python -m pytest -rs -m cuda
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,6 @@
 """Every flag of both scripts, its default in each published setting, and its check."""
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -63,8 +62,9 @@ def train_setting(typed):
 class Parser(argparse.ArgumentParser):
     """A parser that answers an error with one line, and knows which flags were typed."""
 
-    def __init__(self, prog, description, published, check):
-        self.published, self.check = published, check
+    def __init__(self, prog, description, published=None, check=None):
+        self.published = published or (lambda typed: {})
+        self.check = check or (lambda args: None)
         super().__init__(
             prog=prog, description=description, usage=f"{prog} [flags]", allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
@@ -112,6 +112,39 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+    def wrong_flag(self, values):
+        """The first flag whose value in a dict could not have come from this parser, or None."""
+        defaults = {**{a.dest: a.default for a in self._actions}, **self.published(values)}
+        for action in self._actions:
+            value = values.get(action.dest, defaults[action.dest])
+            if value is None or isinstance(value, bool):
+                fits = value is defaults[action.dest] or (value is not None and action.nargs == 0)
+            else:
+                try:
+                    fits = (action.type or str)(str(value)) == value
+                except argparse.ArgumentTypeError:
+                    fits = False
+                fits = fits and (action.choices is None or value in action.choices)
+            if not fits:
+                return action.dest
+        return None
+
+
+def check_saved(kind, values, path):
+    """Raise UserError unless these can be the flags of a run of a kind; missing ones may be newer.
+
+    Parameters
+    ----------
+    kind : {"search", "train"}
+    values : dict
+    path : str
+        Where they are from.
+    """
+    parser = {"search": get_search_parser, "train": get_train_parser}[kind]("")
+    if name := parser.wrong_flag(values):
+        raise UserError(f"{path} is damaged: --{name} cannot be {values[name]!r:.60}")
+
+
 def shown(value):
     """A default as the help shows it."""
     if isinstance(value, bool):
@@ -130,7 +163,7 @@ def fail(prog, message):
     sys.exit(2)
 
 
-def whole(low, high=math.inf):
+def whole(low, high=2**31 - 1):
     """Type of a flag that takes a whole number of at least `low` and at most `high`."""
 
     def parse(text):
@@ -160,9 +193,22 @@ def real(low, high=float("inf"), *, open_low=False, open_high=True):
         if not inside:
             interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
             raise argparse.ArgumentTypeError(f"give a number in {interval}, not {text!r}")
+        if value > 1e38:
+            raise argparse.ArgumentTypeError(f"float32 holds numbers to 1e38 only, not {text!r}")
         return value
 
     return parse
+
+
+def name(text):
+    """Type of a flag that takes the name of a file, a folder or a device."""
+    if not text:  # as of a variable that a shell script has not set
+        raise argparse.ArgumentTypeError("give a name: this one is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # neither TensorBoard nor matplotlib can take it
+        raise argparse.ArgumentTypeError(f"the name {ascii(text)} is not UTF-8") from None
+    return text
 
 
 def recovery_interval(text):
@@ -194,7 +240,7 @@ def get_search_parser(description):
         "--arch_weight_decay", type=real(0), default=1e-3, metavar="L2",
         help="weight decay of Adam on b")
     group.add_argument(
-        "--proj_dims", type=whole(1), default=7, metavar="M", help="m, the length of b")
+        "--proj_dims", type=whole(1, 10_000), default=7, metavar="M", help="m, the length of b")
     group.add_argument(
         "--sparseness", type=whole(1), default=2, metavar="S",
         help="s, the (edge, operation) pairs that each node keeps")
@@ -241,7 +287,7 @@ def get_train_parser(description):
         "'Genotype(...)'")
     switch(group, "one_stage", "put a BatchNorm after pools and skips, whatever the genotype says")
     group.add_argument(
-        "--weights", metavar="FILE",
+        "--weights", type=name, metavar="FILE",
         help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
         "(the latter needs --arch)")
     group.add_argument(
@@ -257,13 +303,14 @@ def add_shared(parser):
     Those without a default here take it from the published setting that the script runs.
     """
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="data", metavar="DIR", help="folder of the data set")
+    group.add_argument(
+        "--data", type=name, default="data", metavar="DIR", help="folder of the data set")
     group.add_argument(
         "--dataset", default="cifar10", choices=DATASETS, metavar="NAME",
         help=f"one of {', '.join(DATASETS)}; imagenet is read from files, the others are kept "
         "in memory")
     group.add_argument(
-        "--image_size", type=whole(4), metavar="PIXELS",
+        "--image_size", type=whole(4, 2**15), metavar="PIXELS",
         help="width and height that images are resized to: a multiple of 4, for imagenet of 32")
     group.add_argument(
         "--batch_size", type=whole(1), metavar="IMAGES", help="images in a step, of each rank")
@@ -305,12 +352,15 @@ def add_shared(parser):
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--save", metavar="DIR", help="folder of the run (default: runs/ with date and time)")
+        "--save", type=name, metavar="DIR",
+        help="folder of the run (default: runs/ with date and time)")
     group.add_argument(
-        "--resume", metavar="RUN_DIR", help="continue the run in this folder, or its checkpoint.pt")
+        "--resume", type=name, metavar="RUN_DIR",
+        help="continue the run in this folder, or its checkpoint.pt")
     group.add_argument(
         "--seed", type=whole(0, 2**63 - 1), help="seed of weights, data order and augmentation")
-    group.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    group.add_argument(
+        "--device", type=name, help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     switch(group, "amp", "compute in bfloat16 where that is safe")
     switch(group, "cuda_graphs", "record a step of each epoch as a CUDA graph, and replay it")
     group.set_defaults(amp=False, cuda_graphs=False)
@@ -474,10 +524,23 @@ def fit_to_data(args, images, setting, world_size, log):
     if world_size > 1:
         log(f"{world_size} ranks with --batch_size {args.batch_size}: a step takes {together} "
             "images")
+    check_batch(args)
     published, rate = setting["batch_size"], setting["learning_rate"]
     if together != published and "learning_rate" not in args.typed:
         log(f"note: --learning_rate {rate:g} is published for batches of {published} images; for "
             f"{together} the linear rule gives --learning_rate {rate * together / published:.3g}")
+
+
+def check_batch(args):
+    """Refuse a batch in which a BatchNorm has a single value of each channel to go by."""
+    if args.batch_size > 1 or args.dataset == "imagenet":
+        return
+    if args.auxiliary:
+        raise UserError("--batch_size 1: the auxiliary head normalises over the images of a batch; "
+                        "give 2 or more, or --no-auxiliary")
+    if args.image_size == 4 and args.layers > 1:  # 1 pixel is left
+        raise UserError("--batch_size 1 with --image_size 4: the last cells normalise over the "
+                        "images of a batch; give 2 or more")
 
 
 def data_flags(args):

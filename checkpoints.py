@@ -1,17 +1,149 @@
 """Files of torch.save: checkpoints of runs, and network weights of all origins.
 
-They are written whole or not at all, and no code in them is run.
+They are written whole or not at all, and no code in them is run. What they hold is described here,
+once, and checked whenever one is read.
 """
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import zipfile
 
 import torch
+from torch import Tensor
 
-from utils import UserError, replacing
+import arguments
+import genotypes
+from utils import UserError, is_out_of_memory, replacing
+
+# ------------------------------------------------------------------------------------------------
+# What the files hold
+# ------------------------------------------------------------------------------------------------
+
+# A form says what a value may be: a type; None; MISSING, for what older files lack; a function of
+# the value; a tuple of forms, one of which must do; [form], a list of any length; or a dict of the
+# forms of certain keys, or of all keys of a type.
+MISSING = object()
+
+
+def count(value):
+    """Whether this is a whole number from 1."""
+    return type(value) is int and 1 <= value < 2**31
+
+
+def plain(value):
+    """Whether JSON can hold this."""
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def weight(value):
+    """Whether this is a tensor that a network could hold."""
+    return isinstance(value, Tensor) and not value.is_complex()
+
+
+def of_channels(value):
+    """Whether this is a list of a number for each of the 3 channels."""
+    return isinstance(value, list) and [type(x) for x in value] == 3 * [float]
+
+
+NUMBER = (int, float)
+OPTIMIZER = {"state": {int: dict}, "param_groups": [{"params": [int]}]}
+RUN = {  # what the checkpoints of both scripts hold
+    "args": {str: plain},
+    "epoch": count,
+    "row": {"epoch": count, "restless": (MISSING, int), str: plain},
+    "random": [{
+        "python": list, "numpy": list, "torch": Tensor, "cuda": (None, Tensor), "data": Tensor,
+    }],
+    "primitives": (MISSING, [str]),
+}
+NETWORK = {  # what a network.pt holds
+    "config": {
+        "imagenet": bool, "C": count, "num_classes": count, "layers": count, "auxiliary": bool,
+        "one_stage": bool, "genotype": {key: list for key in genotypes.Genotype._fields},
+    },
+    "weights": {str: weight},
+    "args": {"dataset": arguments.DATASETS.__contains__, "data": str, "image_size": count},
+    "about": (MISSING, {
+        "classes": (MISSING, [str]), "mean": (MISSING, of_channels),
+        "std": (MISSING, of_channels), "image_size": (MISSING, count), str: plain,
+    }),
+}
+CHECKPOINTS = {
+    "search": {
+        **RUN, "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
+        "arch_optimizer": OPTIMIZER,
+    },
+    "train": {**RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "best": NUMBER,
+              "optimizer": OPTIMIZER},
+}
+MEMORY = {  # what an optimizer remembers of a parameter
+    torch.optim.SGD: {"momentum_buffer": (None, Tensor)},
+    torch.optim.Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
+}
+
+
+def departure(value, form, name):
+    """In what a value, of this name, departs from a form; None if in nothing."""
+    if isinstance(form, tuple):
+        found = [departure(value, one, name) for one in form]
+        return None if None in found else found[-1]
+    if value is MISSING or form is MISSING:
+        return None if value is form else f"{name} is missing"
+    if isinstance(form, dict) and isinstance(value, dict):
+        parts = [(value.get(key, MISSING), one, f"{name} {key}".strip())
+                 for key, one in form.items() if not isinstance(key, type)]
+        for kind in filter(lambda key: isinstance(key, type), form):
+            if strange := [key for key in value if type(key) is not kind]:
+                return f"{name} has the key {strange[0]!r:.40}"
+            parts += [(value[key], form[kind], f"{name} {key}") for key in value if key not in form]
+    elif isinstance(form, list) and isinstance(value, list):
+        parts = [(one, tuple(form), f"{name} {k}") for k, one in enumerate(value)]
+        if not value:
+            return f"{name} is empty"
+    else:
+        if isinstance(form, type):  # True is an int to Python
+            fits = isinstance(value, form) and (form is bool) == isinstance(value, bool)
+        else:
+            fits = value is None if form is None else callable(form) and form(value)
+        return None if fits else f"{name} cannot be {_short(value)}"
+    return next(filter(None, (departure(*part) for part in parts)), None)
+
+
+def _short(value):
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"a {type(value).__name__}" if len(text) > 40 else text
+
+
+@contextlib.contextmanager
+def taking(path):
+    """Say that a file is damaged where what it holds is not what it is taken for."""
+    try:
+        yield
+    except (
+        RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError
+    ) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())[:200] + " is missing" * isinstance(error, KeyError)
+        raise UserError(f"{path} is damaged: {text}") from None
+
+
+def check(state, form, path):
+    """Raise UserError unless a file's content is of a form."""
+    if found := departure(state, form, ""):
+        raise UserError(f"{path} is damaged: {found.strip()}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing and reading
+# ------------------------------------------------------------------------------------------------
 
 
 def save(path, state, keep_last=False):
@@ -83,9 +215,159 @@ def _load_whole(path):
             if archive.testzip() is not None:
                 raise ValueError("damaged")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict) and {"network", "model"} <= state.keys():  # of older runs
-        state["config"], state["weights"] = state.pop("network"), state.pop("model")
+    if isinstance(state, dict):  # of older runs
+        if {"network", "model"} <= state.keys():
+            state["config"], state["weights"] = state.pop("network"), state.pop("model")
+        if isinstance(state.get("random"), dict):  # of before there could be several ranks
+            state["random"] = [state["random"]]
     return state
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints of runs
+# ------------------------------------------------------------------------------------------------
+
+
+def load_run(path, kind):
+    """Read the checkpoint of a run of a kind, "search" or "train".
+
+    Raises
+    ------
+    UserError
+        If it is none, or is damaged.
+    """
+    state = load(path)
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise UserError(f"{path} is not a checkpoint of a {kind} run; search.py resumes searches, "
+                        "and train.py trainings")
+    check(state, CHECKPOINTS[kind], path)
+    if state["row"]["epoch"] != state["epoch"]:
+        raise UserError(f"{path} is damaged: its row is not that of epoch {state['epoch']}")
+    arguments.check_saved(kind, state["args"], path)
+    if kind == "train":
+        check_config(state, path)
+        return state
+
+    args, start = state["args"], state["schedule_start"]
+    with taking(path):
+        found = shape_of(state["net"])
+        for flag, key in (("init_channels", "C"), ("layers", "layers")):
+            if args.get(flag, found[key]) != found[key]:
+                raise ValueError(f"--{flag} is {args[flag]}, but the weights have {found[key]}")
+        frozen = torch.cat([state["net"][f"{cell}_code.frozen"] for cell in ("normal", "reduce")])
+        if args.get("one_stage"):
+            is_right = (start is not None) == bool(frozen.all())
+            is_right = is_right and (start is None or 1 <= start <= state["epoch"])
+        else:
+            is_right = start == 0
+        if not is_right:
+            raise ValueError(f"schedule_start cannot be {start}")
+        here, then = genotypes.PRIMITIVES, state.get("primitives")
+        if then is None:  # an older run
+            then = here if state["net"]["normal_code.A0"].shape[1] == 2 * len(here) else "others"
+        if then != here:
+            raise UserError(
+                f"{path} is of a search among other operations than genotypes.PRIMITIVES lists "
+                "now: have it list those of the run, or start a new search"
+            )
+    return state
+
+
+def check_origin(path, args, free):
+    """Raise UserError where a checkpoint is not of the run whose config.json lies beside it.
+
+    Parameters
+    ----------
+    path : str
+        Of the checkpoint.
+    args : dict
+        The flags in it. --epochs may have grown, and more ranks have a smaller --batch_size.
+    free : set of str
+        Flags that may be given anew.
+    """
+    config = os.path.join(os.path.dirname(path), "config.json")
+    try:
+        with open(config, encoding="utf-8") as file:
+            begun = dict(json.load(file))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{config} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{config} is damaged: without it, the run could be resumed") from None
+    for name in begun.keys() - free - {"save", "epochs", "batch_size"}:
+        if name not in args or args[name] != begun[name]:
+            raise UserError(
+                f"{path} is not of the run in this folder, or is damaged: --{name} is "
+                f"{args.get(name, 'missing')} in it, and {begun[name]} in config.json"
+            )
+
+
+def load_supernet(net, weights, path):
+    """Load the weights in the checkpoint of a search into its supernet.
+
+    Raises
+    ------
+    UserError
+        If they do not fit.
+    """
+    with taking(path):
+        then, now = len(weights["classifier.weight"]), len(net.classifier.weight)
+        if then != now:
+            raise UserError(f"the run in {path} tells {then} classes apart, but the data has {now}")
+        net.prune_like(weights)
+        net.load_state_dict(weights)
+
+
+def load_optimizer(optimizer, state, complete=True):
+    """Load what an optimizer remembers; learning rate and the like are those of the flags.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.SGD or torch.optim.Adam
+    state : dict
+        What its state_dict was.
+    complete : bool
+        Whether it has updated all of its parameters: operations that never ran it has not.
+
+    Raises
+    ------
+    ValueError
+        If that is of other parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in state["param_groups"]]:
+        raise ValueError("the optimizer had other parameters")
+    parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
+    if optimizer.defaults.get("momentum", 1):  # without momentum SGD remembers nothing
+        if lost := {*(parameters if complete else [0])} - state["state"].keys():
+            raise ValueError(f"the optimizer's state {min(lost)} is missing")
+    for index, memory in state["state"].items():
+        found = departure(memory, MEMORY[type(optimizer)], f"the optimizer's state {index}")
+        if found or index not in parameters:
+            raise ValueError(found or f"the optimizer has no parameter {index}")
+        for name, value in memory.items():
+            shape = () if name == "step" else parameters[index].shape
+            if value is not None and value.shape != shape:
+                raise ValueError(f"the optimizer's {name} {index} is {_short(value)}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights
+# ------------------------------------------------------------------------------------------------
+
+
+def check_config(state, path):
+    """Raise UserError unless a network's config is that of its weights, and can be built here."""
+    with taking(path):
+        for key, value in shape_of(state["weights"]).items():
+            if state["config"][key] != value:
+                raise ValueError(f"{key} is {state['config'][key]}, but the weights have {value}")
+        try:
+            genotypes.from_lists(state["config"]["genotype"])
+        except UserError as error:  # an operation, say, that is not here
+            raise UserError(f"{path}: {error}") from None
 
 
 def read_weights(path):
@@ -110,17 +392,19 @@ def read_weights(path):
             f"{path} is the checkpoint of a search, whose supernet is not for evaluation: give "
             "the network.pt of a finished one-stage search, or train its genotype.json"
         )
-    if "config" in state and "weights" in state:
+    if len({"config", "weights", "args", "about", "kind"} & state.keys()) > 1:  # one of ours
+        check(state, NETWORK, path)
+        check_config(state, path)
         return state
-    weights = {
-        name.removeprefix("module."): value  # the name DataParallel gives it
-        for name, value in state.get("state_dict", state).items()
-    }
     try:
+        weights = {
+            name.removeprefix("module."): value  # the name DataParallel gives it
+            for name, value in state.get("state_dict", state).items()
+        }
         config = shape_of(weights)
         about = {"dataset": "imagenet"} if config["imagenet"] else {}
         return {"weights": weights, "config": config, "args": about}
-    except (KeyError, AttributeError, IndexError, ValueError):
+    except (LookupError, AttributeError, TypeError, ValueError):
         raise UserError(f"{path} holds no weights of a DARTS network") from None
 
 
@@ -152,14 +436,17 @@ def shape_of(weights):
 
     Raises
     ------
-    KeyError
+    KeyError, ValueError, ...
         If these are not the weights of such a network.
     """
+    cells = {int(key.split(".")[1]) for key in weights if key.startswith("cells.")}
+    if not cells:
+        raise KeyError("cells")
     imagenet = "stem0.0.weight" in weights
     return dict(
         imagenet=imagenet,
         C=len(weights["stem1.1.weight"]) if imagenet else len(weights["stem.0.weight"]) // 3,
         num_classes=len(weights["classifier.weight"]),
-        layers=1 + max(int(key.split(".")[1]) for key in weights if key.startswith("cells.")),
+        layers=len(cells),
         auxiliary="auxiliary_head.classifier.weight" in weights,
     )

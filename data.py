@@ -59,8 +59,8 @@ class Images:
 
     def subset(self, index):
         """The images at ``index`` (an int64 tensor, any device), copied."""
-        index = index.to(self.labels.device)
         with _enough_memory(self.images.device):
+            index = index.to(self.labels.device)
             return replace(self, images=self.images[index], labels=self.labels[index])
 
     def batches(self, batch_size, **options):
@@ -80,8 +80,10 @@ def _scale_and_bias(mean, std, device):
 
 
 @functools.cache
-def _positions(n, device):
-    return torch.arange(n, device=device)
+def _axis(n, device):
+    """Of n pixels in a line: their indices, what mirroring adds to these, and their centres."""
+    index = torch.arange(n, device=device)
+    return index, index.flip(0) - index, index + 0.5
 
 
 def normalize(x, mean, std, memory_format=torch.preserve_format):
@@ -141,7 +143,8 @@ def augment(
     arXiv 1708.04552. Liu, Simonyan and Yang, "DARTS", ICLR 2019.
     """
     B, C, H, W = x.shape
-    row, column = _positions(H, x.device), _positions(W, x.device)
+    row, _, row_centre = _axis(H, x.device)
+    column, mirroring, column_centre = _axis(W, x.device)
 
     def randint(n, count=1):  # below n, for each image: (count, B, 1)
         size = (count, world_size * B, 1)
@@ -150,18 +153,17 @@ def augment(
 
     top, left = randint(2 * PADDING + 1, 2)
     rows, columns = top + row, left + column  # (B, H), (B, W): of the padded image, to be kept
-    if flip:  # from left + column to left + (W - 1 - column)
-        columns = torch.addcmul(columns, randint(2)[0], column.flip(0) - column)
+    if flip:
+        columns = torch.addcmul(columns, randint(2)[0], mirroring)
     pixels = torch.add(columns[:, None, :], rows[:, :, None], alpha=W + 2 * PADDING)  # (B, H, W)
     padded = F.pad(x, (PADDING, PADDING, PADDING, PADDING)).flatten(2)
     x = padded.gather(2, pixels.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
     x = normalize(x, mean, std, memory_format)
 
     if cutout_length:
-        y_centre, x_centre = randint(H)[0], randint(W)[0]
-        half = cutout_length // 2
-        rows_kept = (row - y_centre + 0.5).abs() >= half  # (B, H)
-        columns_kept = (column - x_centre + 0.5).abs() >= half  # (B, W)
+        cy, cx, half = randint(H)[0], randint(W)[0], cutout_length // 2
+        rows_kept = (row_centre - cy).abs() >= half  # (B, H)
+        columns_kept = (column_centre - cx).abs() >= half  # (B, W)
         x.mul_(rows_kept[:, None, :, None] | columns_kept[:, None, None, :])
     return x
 

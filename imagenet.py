@@ -8,6 +8,7 @@ Unlike the data sets of `data.py` it is too large to be kept decoded, so each pa
 anew. The interface is that of `data.py`.
 """
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from utils import UserError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 SEEDS = 2**62  # of an image's augmentation
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,15 +152,18 @@ class Batches(data.Batches):
     def __iter__(self):
         for batch in self._read():
             if isinstance(batch, UserError):
-                raise batch
-            images = self.images
-            pixels, labels = (part.to(images.device, non_blocking=True) for part in batch)
-            x = pixels.permute(0, 3, 1, 2)
+                # A copy, for a raised error refers to this frame: in a cycle with it, the loader
+                # would be left to the garbage collector, and its workers linger for seconds.
+                raise UserError(str(batch))
+            pixels, labels = (part.to(self.images.device, non_blocking=True) for part in batch)
+            x, images = pixels.permute(0, 3, 1, 2), self.images
             yield data.normalize(x, images.mean, images.std, self.memory_format), labels
 
     def _read(self):
         try:
-            yield from self.loader
+            with _signals_wait():
+                batches = iter(self.loader)
+            yield from batches
         except (RuntimeError, OSError) as error:  # a worker was killed, or shared memory is full
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -187,8 +192,9 @@ class _Plan:
             return
         g = self.generator
         device = g.device if g else "cpu"
-        order = torch.randperm(self.images, generator=g, device=device).cpu()
-        seeds = torch.randint(SEEDS, (self.images,), generator=g, device=device).cpu()
+        order = torch.randperm(self.images, generator=g, device=device)
+        seeds = torch.randint(SEEDS, (self.images,), generator=g, device=device)
+        order, seeds = torch.stack((order, seeds)).cpu()  # a pass's only host sync
         for share in self.slices:
             index = order[share]
             yield list(zip(index.tolist(), seeds[index].tolist(), strict=True))
@@ -199,7 +205,7 @@ class _Reader:
 
     def __init__(self, images, train):
         self.files, self.labels = images.files, images.labels.numpy()
-        self.size = size = images.image_size
+        size = images.image_size
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(size),
@@ -219,10 +225,10 @@ class _Reader:
                     torch.default_generator.manual_seed(seed)
                 return np.asarray(self.transform(image)), self.labels[index]
         except UserError as error:
-            return UserError(str(error))  # without its cause, which not every process can unpickle
+            return error
         except MemoryError:
-            return UserError(f"too little memory to read images: give fewer --workers, or a "
-                             f"smaller --image_size than {self.size}")
+            return UserError("the machine has too little memory to read images: give fewer "
+                             "--workers, a smaller --batch_size or --image_size")
 
 
 def _collate(samples):
@@ -233,8 +239,22 @@ def _collate(samples):
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
+_mask_signals = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # not on Windows
+
+
+@contextlib.contextmanager
+def _signals_wait():
+    # A worker begins with the signal handlers of this process, and is not to run them.
+    _mask_signals(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        _mask_signals(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _start_worker(worker):
     # Ctrl-C, and some schedulers' SIGTERM, reach all processes at once. The main one says what
     # there is to say; its loader would raise an error if a worker's exit status were not 0.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
+    _mask_signals(signal.SIG_UNBLOCK, SIGNALS)

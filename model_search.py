@@ -268,7 +268,7 @@ class SparseCode(nn.Module):
     def freeze(self, j):
         """Make the code of node j final."""
         self.is_frozen[j] = True
-        self.frozen[j] = True
+        self.frozen[j].fill_(True)  # without a host sync
 
     def _before_loading(self, state_dict, prefix, *_):
         if f"{prefix}z0" in state_dict and f"{prefix}S" not in state_dict:  # of an older run

@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 
-import torch
 from tqdm import tqdm
 
 import arguments
@@ -58,24 +57,30 @@ def command(prog):
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")
+    with contextlib.suppress(AttributeError):  # not a stream of text of its own
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         distributed.start()
         yield
         distributed.stop()
     except (UserError, ista.SolverUnavailable) as error:
         arguments.fail(prog, error)
-    except torch.OutOfMemoryError:
-        arguments.fail(prog, "the device has too little memory: give a smaller --batch_size")
     except Stopped as stopped:
         signum = stopped.args[0]
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         if Run.latest:
-            Run.latest.log(f"stopped; {Run.latest.how_to_resume()}")
+            with contextlib.suppress(UserError):  # a full disk
+                Run.latest.log(f"stopped; {Run.latest.how_to_resume()}")
         if distributed.rank() == 0:
             print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
         sys.exit(128 + signum)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if utils.is_out_of_memory(error):
+            arguments.fail(prog, "there is too little memory for this: give a smaller "
+                           "--batch_size, --init_channels or --image_size")
         if not distributed.is_loss(error):
             raise
         hint = Run.latest.how_to_resume() if Run.latest else "see what it says, and start again"
@@ -83,6 +88,11 @@ def command(prog):
         print(f"{prog}: error: another rank of this run has ended; {hint} ({reason})",
               file=sys.stderr)
         sys.exit(2)
+
+
+def leave_stdout():
+    """Send standard output nowhere from now on, with what is still to be flushed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,14 +141,8 @@ class Run:
     def _load(self, typed):
         """Take the checkpoint of --resume, and the flags of its run."""
         path = arguments.checkpoint_path(typed.resume)
-        checkpoint = checkpoints.load(path)
-        if not isinstance(checkpoint, dict) or checkpoint.get("kind") != self.kind:
-            raise UserError(
-                f"--resume {typed.resume}: that is not a checkpoint of a {self.kind} run; "
-                "search.py resumes searches, and train.py trainings"
-            )
-        if isinstance(checkpoint["random"], dict):  # of before there could be several ranks
-            checkpoint["random"] = [checkpoint["random"]]
+        checkpoint = checkpoints.load_run(path, self.kind)
+        checkpoints.check_origin(path, checkpoint["args"], FREE)
         saved = {**vars(typed), **checkpoint["args"]}  # a newer flag than the run: its default
         for name in typed.typed:
             value = getattr(typed, name)
@@ -158,6 +162,7 @@ class Run:
         saved["batch_size"] = max(together // distributed.world_size(), 1)
         saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
         self.checkpoint, self.args = checkpoint, type(typed)(**saved)
+        arguments.check_batch(self.args)
 
     def begin(self, device, columns):
         """Make the folder, or cut an old one back to its checkpoint; print the table's head.
@@ -224,7 +229,7 @@ class Run:
         """
         for path in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
             kept = []
-            with open(path, errors="replace") as file:
+            with open(path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     with contextlib.suppress(ValueError, KeyError, TypeError):
                         if json.loads(line)["epoch"] <= epoch:
@@ -245,15 +250,24 @@ class Run:
         if self.path is None:
             self.kept.append(text)
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        with writing(self.file("log.txt")), open(self.file("log.txt"), "a") as file:
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # nobody reads it any more, as after `| head`: the run goes on
+            leave_stdout()
+        path = self.file("log.txt")
+        with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{text}\n")
 
     @rank_zero_only
     def say(self):
         """Print what was logged, where no run begins."""
-        print("\n".join(self.kept))
+        try:
+            with writing("standard output"):
+                print("\n".join(self.kept), flush=True)
+        except UserError:
+            leave_stdout()
+            raise
 
     def warn_once(self, what, text):
         """Log a warning, unless there was one of this kind before."""
@@ -311,9 +325,9 @@ class Run:
             yield row
         except utils.Diverged as error:
             raise UserError(
-                f"epoch {name}, step {error}: the loss is not finite at learning rate "
-                f"{row['learning_rate']:.4g}; try a smaller --learning_rate or --grad_clip in a "
-                f"new run; {self.how_to_resume()}"
+                f"epoch {name}, {error.where}: the loss is not finite at learning rate "
+                f"{row['learning_rate']:.4g}; try a smaller {error.blame} in a new run; "
+                f"{self.how_to_resume()}"
             ) from None
         finally:
             self.progress.close()
@@ -336,24 +350,41 @@ class Run:
     def _show(self, row):
         if SummaryWriter is None:
             self.warn_once("tensorboard", "tensorboard is not installed, so it has no events")
+        if "tensorboard" in self.warned:
             return
-        if self.board is None:
-            # Events of a run that was stopped, from this epoch on, are not shown.
-            self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
-        for key, value in row.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(key, value, row["epoch"])
-        self.board.flush()
+        with self._writing_events():
+            if self.board is None:
+                # Events of a run that was stopped, from this epoch on, are not shown.
+                self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
+            for key, value in row.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(key, value, row["epoch"])
+            self.board.flush()
+
+    @contextlib.contextmanager
+    def _writing_events(self):
+        """Warn where events of TensorBoard cannot be written: a run can do without."""
+        try:
+            yield
+        except OSError as error:
+            self.board = None
+            self.warn_once("tensorboard", f"{self.file('tensorboard')} could not be written, so "
+                           f"there are no more events: {error.strerror or error}")
 
     @rank_zero_only
     def show_figure(self, name, figure, epoch):
         """Put a matplotlib figure into the TensorBoard events."""
         if self.board is not None:
-            self.board.add_figure(name, figure, epoch)
+            with self._writing_events():
+                self.board.add_figure(name, figure, epoch)
 
     # --------------------------------------------------------------------------------------------
     # What is saved
     # --------------------------------------------------------------------------------------------
+
+    def restoring(self):
+        """Context in which what does not fit is damage to the checkpoint."""
+        return checkpoints.taking(arguments.checkpoint_path(self.args.resume))
 
     @rank_zero_only
     def save_checkpoint(self, **state):
@@ -362,7 +393,10 @@ class Run:
         The one that was there stays as checkpoint-previous.pt. `state` is made of tensors,
         numbers, strings, lists and dicts.
         """
-        about = dict(kind=self.kind, version=arguments.__version__, args=plain(self.args))
+        about = dict(
+            kind=self.kind, version=arguments.__version__, args=plain(self.args),
+            primitives=genotypes.PRIMITIVES,
+        )
         checkpoints.save(self.file("checkpoint.pt"), about | state, keep_last=True)
 
     @rank_zero_only

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import arguments
+import checkpoints
 import data
 import distributed
 import fast
@@ -66,8 +67,7 @@ def main(args):
         distinct_edges=args.distinct_edges,
     )
     if checkpoint:
-        net.prune_like(checkpoint["net"])
-        net.load_state_dict(checkpoint["net"])
+        checkpoints.load_supernet(net, checkpoint["net"], arguments.checkpoint_path(args.resume))
     net = fast.accelerate(net.to(device, memory_format=memory_format))
     weight_optimizer, arch_optimizer = optimizers(net, args)
     utils.seed_drop_path(args.seed)
@@ -77,12 +77,12 @@ def main(args):
     epoch, schedule_start, row = 0, None if args.one_stage else 0, {}
     if checkpoint:
         epoch, schedule_start, row = (checkpoint[k] for k in ("epoch", "schedule_start", "row"))
-        weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
-        arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
-        arch_optimizer.param_groups[0]["capturable"] = args.cuda_graphs
-        utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+        with run.restoring():
+            checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"], False)
+            checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
+            utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:
-        report(run, net.recover(args.solver))
+        report(run, net.recover(args.solver)._asdict())
     run.begin(device, columns(args))
     parallel = distributed.data_parallel(net, net.weight_parameters())
 
@@ -104,17 +104,15 @@ def main(args):
             row |= utils.named(utils.evaluate(net, held_out_batches, args.amp), held_out_name(args))
 
             # The architecture of the next epoch
-            recovery = None
             if schedule_start is None:
-                recovery = net.recover(args.solver, args.freeze_tol, args.max_params)
+                row |= net.recover(args.solver, args.freeze_tol, args.max_params)._asdict()
                 if all(net.frozen) or epoch == args.max_search_epochs:
                     schedule_start = epoch
             elif not args.one_stage and (args.recover_every == "epoch" or epoch == args.epochs):
-                recovery = net.recover(args.solver)
-            row |= recovery._asdict() if recovery else {}
+                row |= net.recover(args.solver)._asdict()
             row["changed"] = len(genotypes.moved(before, net.genotype()))
             row["restless"] = restless + 1 if row["changed"] else 0
-        report(run, recovery)
+        report(run, row)
         announce(run, before, net.genotype(), row)
         if args.one_stage and schedule_start == epoch:
             settle(run, net, weight_optimizer)
@@ -144,11 +142,13 @@ def two_stage_epoch(
     Returns
     -------
     dict
-        Losses and accuracies on the batches of the weights, and on those of b.
+        Losses and accuracies on the batches of the weights, and on those of b; and what the last
+        recovery among the steps did, if there was one.
     """
     weights, points = net.weight_parameters(), net.arch_parameters()
     device = weights[0].device
-    meter, arch_meter = utils.Meter(device), utils.Meter(device)
+    arch_meter = utils.Meter(device)
+    meter = utils.Meter(device, blame="--arch_learning_rate", after=arch_meter)
 
     def step(x, y, x_arch, y_arch):
         # b, with the weights as they are: no gradient of a weight is computed.
@@ -174,15 +174,16 @@ def two_stage_epoch(
         meter.add(loss, logits, y)
 
     net.train()
+    recovered = {}
     step = graphs.graphed(step, args.cuda_graphs and args.recover_every == "epoch")
     pairs = zip(batches, arch_batches.endless(), strict=False)
     for steps, ((x, y), (x_arch, y_arch)) in enumerate(pairs, (epoch - 1) * len(batches) + 1):
         step(x, y, x_arch, y_arch)
         if args.recover_every != "epoch" and steps % args.recover_every == 0:
-            net.recover(args.solver)
+            recovered = net.recover(args.solver)._asdict()
         progress.step(meter)
     distributed.average_statistics(net)
-    return utils.named(meter.read(), "train") | utils.named(arch_meter.read(), "arch")
+    return utils.named(meter.read(), "train") | utils.named(arch_meter.read(), "arch") | recovered
 
 
 def one_stage_epoch(net, parallel, batches, weight_optimizer, arch_optimizer, args, progress):
@@ -200,7 +201,7 @@ def one_stage_epoch(net, parallel, batches, weight_optimizer, arch_optimizer, ar
     """
     weights, points = net.weight_parameters(), net.arch_parameters()
     device = weights[0].device
-    meter = utils.Meter(device)
+    meter = utils.Meter(device, blame="--learning_rate, --arch_learning_rate or --grad_clip")
 
     def step(x, y):
         with utils.autocast(device, args.amp):
@@ -261,6 +262,7 @@ def load_images(run, device):
             args, smallest, arguments.search_setting(vars(args)), distributed.world_size(), run.log
         )
     run.log(f"device: {device}")
+    utils.warn_if_busy(device, run.log)
     if args.layers < 3:
         run.log("warning: with fewer than 3 layers there is no normal cell, so none is searched")
     if device.type == "cpu":
@@ -352,36 +354,35 @@ def settle(run, net, weight_optimizer):
                 "training accuracy, and the learning rate falls")
 
 
-def report(run, recovery):
-    """Log what a recovery calls for: solver trouble, and how far the nodes are."""
-    if recovery is None:
-        return
-    args = run.args
-    if recovery.not_converged:
+def report(run, row):
+    """Log what a recovery calls for: solver trouble, and how far the nodes are.
+
+    Parameters
+    ----------
+    row : dict
+        With what `model_search.Recovery` holds, if there was a recovery.
+    """
+    args, nodes = run.args, node_names()
+    if row.get("not_converged"):
         run.warn_once("solver", f"solver {args.solver} does not converge on some codes (first on "
-                      f"{recovery.not_converged}); homotopy solves those")
-    if any(recovery.too_sparse):
-        nodes = [
-            f"{node} (λ_max {lam_max:.1e})"
-            for node, sparse, lam_max in zip(
-                node_names(), recovery.too_sparse, recovery.lam_max, strict=True)
-            if sparse
-        ]
+                      f"{row['not_converged']}); homotopy solves those")
+    if any(row.get("too_sparse", [])):
+        told = zip(nodes, row["too_sparse"], row["lam_max"], strict=True)
+        told = [f"{node} (λ_max {lam_max:.1e})" for node, sparse, lam_max in told if sparse]
         run.warn_once("sparse", f"at λ {args.lam:g} the codes of some nodes have fewer than "
                       f"{args.sparseness} nonzero entries, so that they keep pairs of their last "
-                      f"support and do not freeze: {', '.join(nodes)}; a smaller --lam helps")
-    if recovery.parameters:  # one-stage search: how near the end is
-        nodes = [
+                      f"support and do not freeze: {', '.join(told)}; a smaller --lam helps")
+    if row.get("parameters"):  # one-stage search: how near the end is
+        moved = [
             "frozen" if frozen and not distance else f"{distance:.1e}" + "→frozen" * frozen
-            for frozen, distance in zip(recovery.frozen, recovery.distance, strict=True)
+            for frozen, distance in zip(row["frozen"], row["distance"], strict=True)
         ]
-        size = f"{recovery.parameters / 1e6:.3f} M parameters"
-        if recovery.rejected:
+        size = f"{row['parameters'] / 1e6:.3f} M parameters"
+        if row["rejected"]:
             size += f", rejected: --max_params is {args.max_params:g}"
-        NODES = genotypes.NODES
-        run.log(f"    searching {recovery.frozen.count(False)} of {len(nodes)} nodes; codes moved "
-                f"by {' '.join(nodes[:NODES])} (normal), {' '.join(nodes[NODES:])} (reduction); "
-                f"{size}")
+        each = genotypes.NODES
+        run.log(f"    searching {row['frozen'].count(False)} of {len(nodes)} nodes; codes moved by "
+                f"{' '.join(moved[:each])} (normal), {' '.join(moved[each:])} (reduction); {size}")
 
 
 def announce(run, before, genotype, row):

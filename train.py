@@ -84,8 +84,9 @@ def main(args):
     epoch, best = 0, 0.0
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+        with run.restoring():
+            checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
+            utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     genotype = genotypes.from_lists(config["genotype"])
     run.log(f"genotype = {genotype}")
     run.begin(device, columns(top5))
@@ -183,6 +184,7 @@ def load_images(run, device, config):
             f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
             f"{len(test.classes)}: give its --dataset and --data"
         )
+    utils.warn_if_busy(device, run.log)
     if not args.evaluate:
         if not run.checkpoint:
             arguments.fit_to_data(

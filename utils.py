@@ -224,6 +224,27 @@ def set_random_state(states, generator, seed, epoch, log):
             torch.cuda.set_rng_state(state["cuda"], generator.device)
 
 
+def warn_if_busy(device, log):
+    """Say in a line if other processes keep the cores busy, where several threads are slow."""
+    try:
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on every system
+        return
+    if device.type == "cpu" and load > cores and torch.get_num_threads() > 1:
+        log(f"the machine is busy (load {load:.1f} on {cores} cores): threads that wait for each "
+            "other are slow; OMP_NUM_THREADS=1 before the command may be faster")
+
+
+def is_out_of_memory(error):
+    """Whether an error of Python, numpy or torch says that there is too little memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "calculation overflowed" in text
+    )
+
+
 def memory_format(device, amp):
     """The memory format of network and batches.
 
@@ -323,12 +344,21 @@ class Meter:
     device : torch.device
     top5 : bool
         Whether to count also the images whose label is among the 5 largest logits.
+    blame : str
+        The flags of the last update before a loss: too large a one makes it not finite.
+    after : Meter, optional
+        Whose loss is computed before this one's in each step: both tell of the first bad one.
     """
 
-    def __init__(self, device, top5=False):
+    def __init__(self, device, top5=False, blame="--learning_rate or --grad_clip", after=None):
         # batches, images, loss, correct, correct among 5
         self.sums = torch.zeros(4 + top5, dtype=torch.float64, device=device)
-        self.first_bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+        if after:  # the losses of step n count as n and n + 1/2
+            self.first_bad, self.blames, self.offset = after.first_bad, after.blames, 0.5
+        else:
+            self.first_bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+            self.blames, self.offset = [], 0.0
+        self.blames.append(blame)
         self.top5 = top5
 
     def add(self, loss, logits, labels):
@@ -339,7 +369,7 @@ class Meter:
             correct.append((logits.topk(5).indices == labels[:, None]).sum())
         counts = [loss.new_full((), 1), loss.new_full((), images)]
         self.sums += torch.stack([*counts, images * loss, *correct])
-        bad = torch.where(loss.isfinite(), torch.inf, self.sums[0])
+        bad = torch.where(loss.isfinite(), torch.inf, self.sums[0] + self.offset)
         torch.minimum(self.first_bad, bad, out=self.first_bad)
 
     def read(self):
@@ -350,12 +380,13 @@ class Meter:
         Raises
         ------
         Diverged
-            With the number of the first batch (from 1) whose loss was not finite.
+            If a loss was not finite: says which was the first.
         """
         _, images, loss, *correct = distributed.reduce(self.sums).tolist()
         first_bad = distributed.reduce(self.first_bad, distributed.MIN).item()
         if math.isfinite(first_bad):
-            raise Diverged(int(first_bad))
+            step = int(first_bad)
+            raise Diverged(f"step {step}", self.blames[first_bad > step])
         return loss / images, *(100 * count / images for count in correct)
 
 
@@ -365,8 +396,20 @@ def named(measured, what):
     return dict(zip(names, measured, strict=False))
 
 
-class Diverged(Exception):
-    """A loss was not finite."""
+class Diverged(UserError):
+    """A loss was not finite.
+
+    Parameters
+    ----------
+    where : str
+        As in "step 3".
+    blame : str
+        The flags of the update before; see `Meter`.
+    """
+
+    def __init__(self, where, blame):
+        super().__init__(f"{where}: the loss is not finite; the weights may hold NaN")
+        self.where, self.blame = where, blame
 
 
 @torch.no_grad()
@@ -390,7 +433,10 @@ def evaluate(net, batches, amp=False, top5=False):
         with autocast(device, amp):
             logits, _ = net(x)
         meter.add(F.cross_entropy(logits.float(), y), logits, y)
-    return meter.read()
+    try:
+        return meter.read()
+    except Diverged as error:
+        raise Diverged("evaluation", error.blame) from None
 
 
 # ------------------------------------------------------------------------------------------------

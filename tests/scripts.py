@@ -13,39 +13,54 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CUDA_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 
 # Handwritten digits at 8×8 pixels and the smallest networks: an epoch takes about a second.
 TINY = ["--dataset", "digits", "--image_size", "8", "--init_channels", "2", "--layers", "3"]
 TWO_STAGE = ["search.py", *TINY, "--batch_size", "240", "--arch_learning_rate", "0.02"]
 ONE_STAGE = [
-    "search.py", "--one_stage", *TINY, "--batch_size", "480", "--arch_learning_rate", "0.02",
-    "--freeze_tol", "0.05", "--max_search_epochs", "3",
-]  # fmt: skip
-TRAIN = ["train.py", *TINY, "--arch", "ISTA_twostage", "--batch_size", "480"]
+    "search.py", "--one_stage", *TINY, "--no-cutout", "--batch_size", "480",
+    "--arch_learning_rate", "0.02", "--freeze_tol", "0.05", "--max_search_epochs", "3",
+]
+TRAIN = ["train.py", *TINY, "--no-cutout", "--arch", "ISTA_twostage", "--batch_size", "480"]
 
 
 class Process:
-    """A script running in a process of its own; see `zygote.py` for where it comes from."""
+    """A script running in a process of its own; see `zygote.py` for where it comes from.
 
-    _zygote = None
+    Parameters
+    ----------
+    script : str
+    *flags
+    cwd : path
+    meddle : path, optional
+        Of a file that is run first, to change the libraries.
+    launcher : tuple of str
+        A command that runs commands, for a process that is to have a CUDA device.
+    """
 
-    def __init__(self, script, *flags, cwd, meddle=None):
-        if Process._zygote is None:
-            Process._zygote = subprocess.Popen(
-                [sys.executable, Path(__file__).parent / "zygote.py"], env=ENVIRONMENT, text=True,
+    _zygotes = {}
+
+    def __init__(self, script, *flags, cwd, meddle=None, launcher=()):
+        self.launcher = launcher
+        if launcher not in Process._zygotes:
+            Process._zygotes[launcher] = subprocess.Popen(
+                [*launcher, sys.executable, Path(__file__).parent / "zygote.py"], text=True,
+                env=CUDA_ENVIRONMENT if launcher else ENVIRONMENT,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+            )
         self.output = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]
         self.pid = self._ask(
             argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd),
             meddle=meddle and str(meddle), output=[file.name for file in self.output],
-        )  # fmt: skip
+        )
 
     def _ask(self, **job):
-        Process._zygote.stdin.write(json.dumps(job) + "\n")
-        Process._zygote.stdin.flush()
-        return json.loads(Process._zygote.stdout.readline())
+        zygote = Process._zygotes[self.launcher]
+        zygote.stdin.write(json.dumps(job) + "\n")
+        zygote.stdin.flush()
+        return json.loads(zygote.stdout.readline())
 
     def kill(self, signum):
         os.kill(self.pid, signum)
@@ -57,7 +72,7 @@ class Process:
         return self.status
 
 
-def run(script, *flags, cwd, status=0):
+def run(script, *flags, cwd, status=0, launcher=()):
     """Run a script to its end, and check its exit status.
 
     Returns
@@ -65,7 +80,7 @@ def run(script, *flags, cwd, status=0):
     Process
         With stdout and stderr as text.
     """
-    done = Process(script, *flags, cwd=cwd)
+    done = Process(script, *flags, cwd=cwd, launcher=launcher)
     assert done.wait() == status, done.stdout + done.stderr
     return done
 
@@ -106,7 +121,7 @@ def assert_same_run(a, b):
     for name in ("checkpoint.pt", "network.pt"):
         assert (a / name).exists() == (b / name).exists()
         if (a / name).exists():
-            x, y = (torch.load(path / name, weights_only=True) for path in (a, b))
+            x, y = (torch.load(path / name, "cpu", weights_only=True) for path in (a, b))
             assert_same(x, y, name)
     x, y = (json.loads((path / "genotype.json").read_text()) for path in (a, b))
     assert x["normal"] == y["normal"] and x["reduce"] == y["reduce"]

@@ -1,30 +1,36 @@
 """ImageNet's files, and batches of them from worker processes."""
 
+import contextlib
+import os
 import re
 import signal
 
 import pytest
 import torch
 from scripts import imagenet_of_digits
+from torchvision import datasets, transforms
 
 import data
 import imagenet
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder that holds handwritten digits in ImageNet's layout, 12 and 4 of each class."""
     place = tmp_path_factory.mktemp("place")
-    imagenet_of_digits(place / "images")
+    imagenet_of_digits(place)
     return place
 
 
-def batches(place, batch_size, *, training=True, seed=0, **options):
-    images = imagenet.load(place / "images")[not training]
+def load(place, workers=0, size=32, log=print):
+    return imagenet.load("imagenet", place, size, "cpu", workers, log=log)
+
+
+def batches(place, batch_size, *, training=True, seed=0, workers=0, **options):
+    images = load(place, workers)[not training]
     generator = torch.Generator().manual_seed(seed)
-    return imagenet.Batches(
-        images, batch_size, train=training, image_size=32, generator=generator, **options
-    )
+    return images.batches(batch_size, train=training, generator=generator, **options)
 
 
 def same(a, b):
@@ -33,20 +39,31 @@ def same(a, b):
     )
 
 
-def test_validation_images_are_those_of_torchvision(place):
-    from torchvision import datasets, transforms
+# ------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("size, shorter_side", [(32, 36), (40, 45), (64, 73)])
+def test_validation_images_are_those_of_torchvision(place, size, shorter_side):
     transform = transforms.Compose([
-        transforms.Resize(36), transforms.CenterCrop(32), transforms.ToTensor(),
+        transforms.Resize(shorter_side), transforms.CenterCrop(size), transforms.ToTensor(),
         transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ])  # fmt: skip
-    expected = list(datasets.ImageFolder(place / "images/val", transform))
-    found = list(batches(place, 5, training=False))
+    ])
+    expected = list(datasets.ImageFolder(place / "val", transform))
+    found = list(load(place, size=size)[1].batches(5, train=False))
     assert [len(y) for _, y in found] == [5] * 5 + [3] and found[0][0].dtype == torch.float32
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in found)
     x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
     torch.testing.assert_close(x, torch.stack([image for image, _ in expected]))
-    assert y.tolist() == [label for _, label in expected]
+    assert y.tolist() == [label for _, label in expected] and y.dtype == torch.int64
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_format(place, training):
+    plain = list(batches(place, 20, training=training))
+    last = list(batches(place, 20, training=training, memory_format=torch.channels_last))
+    assert same(plain, last) and all(x.is_contiguous() for x, _ in plain)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in last)
 
 
 def test_an_epoch_depends_on_nothing_but_the_generator(place):
@@ -59,7 +76,7 @@ def test_an_epoch_depends_on_nothing_but_the_generator(place):
     torch.rand(3)
     several = batches(place, 16, workers=2)
     assert same(first, list(several)) and same(second, list(several))
-    one.loader.batch_sampler.generator.manual_seed(0)
+    one.generator.manual_seed(0)
     assert same(first, list(one))
     torch.set_rng_state(state)
     list(batches(place, 16))
@@ -69,47 +86,82 @@ def test_an_epoch_depends_on_nothing_but_the_generator(place):
 def test_an_image_is_augmented_anew_in_every_epoch(place):
     loader = batches(place, 84)
     (x, _), (x2, _) = next(iter(loader)), next(iter(loader))
-    plans = [list(imagenet.Plan(84, 84, True, torch.Generator().manual_seed(s)))[0] for s in (0, 1)]
+    plans = [list(imagenet._Plan(batches(place, 84, seed=seed)))[0] for seed in (0, 1)]
     assert {i for i, _ in plans[0]} == {i for i, _ in plans[1]} == set(range(84))
     assert not {seed for _, seed in plans[0]} & {seed for _, seed in plans[1]}
     assert len({image.sum().item() for image in torch.cat([x, x2])}) > 160, "hardly any twice"
 
 
-def test_two_processes_see_what_one_sees_in_batches_of_twice_the_size(place):
-    whole = list(batches(place, 16))
-    parts = [list(batches(place, 8, part=(rank, 2))) for rank in (0, 1)]
+@pytest.mark.parametrize("training", [True, False])
+def test_two_ranks_see_what_one_sees_in_batches_of_twice_the_size(place, training):
+    whole = list(batches(place, 14, training=training))
+    options = dict(training=training, world_size=2)
+    of_ranks = [list(batches(place, 7, rank=rank, **options)) for rank in (0, 1)]
     together = [
         [torch.cat(tensors) for tensors in zip(*both, strict=True)]
-        for both in zip(*parts, strict=True)
+        for both in zip(*of_ranks, strict=True)
     ]
     assert same(whole, together)
 
 
-@pytest.mark.parametrize("images, batch_size, processes, sizes", [
-    (84, 8, 2, [8] * 5 + [2]), (83, 8, 2, [8] * 5), (86, 8, 2, [8] * 5 + [3]),
-    (87, 8, 2, [8] * 5 + [3]), (33, 16, 1, [16, 16]), (34, 16, 1, [16, 16, 2]),
-    (24, 4, 3, [4, 4]), (32, 4, 3, [4, 4, 2]),
-])  # fmt: skip
-def test_training_images_are_dealt_out_in_equal_parts(images, batch_size, processes, sizes):
-    dealt = []
-    for rank in range(processes):
-        generator = torch.Generator().manual_seed(5)
-        plan = imagenet.Plan(images, batch_size, True, generator, (rank, processes))
-        found = list(plan)
-        assert [len(batch) for batch in found] == sizes and len(plan) == len(sizes)
-        dealt += [index for batch in found for index, _ in batch]
-    assert len(set(dealt)) == len(dealt) == processes * sum(sizes)
+def search(place, workers, epochs, state=None):
+    """Batches of a search's epochs: two halves, one generator; and its state after each epoch."""
+    train, _ = load(place, workers)
+    generator = torch.Generator().manual_seed(7)
+    if state is not None:
+        generator.set_state(state)
+    weight_half, arch_half = (
+        train.subset(half).batches(size, train=True, generator=generator)
+        for half, size in zip(data.split(train.labels, 0.7, 0), (8, 5), strict=True)
+    )
+    seen, states = [], []
+    for _ in range(epochs):
+        arch = arch_half.endless()
+        for batch in weight_half:
+            seen += [batch, next(arch)]
+        states.append(generator.get_state())
+    assert len(weight_half) == 8 and len(arch_half) == 5, "a pass over arch_half is left early"
+    return seen, states
 
 
-@pytest.mark.parametrize("images", [1, 7, 8, 9, 31])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_evaluation_neither_loses_nor_repeats_an_image(images, processes):
-    plans = [imagenet.Plan(images, 4, False, part=(rank, processes)) for rank in range(processes)]
-    found = [list(plan) for plan in plans]
-    assert [len(plan) for plan in plans] == [len(part) for part in found]
-    index = [i for part in found for batch in part for i, seed in batch if seed is None]
-    assert sorted(index) == list(range(images))
-    assert all(0 < len(batch) <= 4 for part in found for batch in part)
+def test_halves_that_share_a_generator_resume_to_the_bit_with_any_number_of_workers(place):
+    expected, states = search(place, 0, 3)
+    for workers in (1, 2):
+        found, others = search(place, workers, 3)
+        assert same(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
+        resumed, others = search(place, workers, 2, states[0])
+        assert same(resumed, expected[16:]) and torch.equal(others[-1], states[-1])
+
+
+def test_endless_begins_anew_when_called_anew(place):
+    one = batches(place, 40, workers=1)
+    stream = one.endless()
+    labels = torch.cat([y for _, y in (next(stream) for _ in range(3))])  # of 40, 40 and 4
+    assert sorted(labels.tolist()) == sorted([*range(7)] * 12)
+    next(stream)
+    stream = one.endless()
+    again = torch.cat([y for _, y in (next(stream) for _ in range(3))])
+    assert sorted(again.tolist()) == sorted(labels.tolist())
+
+
+def test_subset(place):
+    train, _ = load(place, workers=1)
+    part = train.subset(torch.tensor([80, 2]))
+    assert len(part) == 2 and len(train) == 84 and part.labels.tolist() == [6, 0]
+    assert part.labels.dtype == torch.int64 and part.classes == train.classes
+    assert part.files.tolist() == [train.files[80], train.files[2]]
+    assert (part.image_size, part.device, part.workers) == (32, torch.device("cpu"), 1)
+    ((x, y),) = part.batches(2, train=False)
+    whole = list(train.batches(84, train=False))[0][0]
+    assert torch.equal(x, whole[[80, 2]]) and y.tolist() == [6, 0]
+
+
+def test_halves_have_the_same_share_of_every_class(place):
+    train, _ = load(place)
+    weights, arch = (train.subset(half) for half in data.split(train.labels, 0.5, 2))
+    assert weights.labels.bincount().tolist() == arch.labels.bincount().tolist() == [6] * 7
+    assert not set(weights.files) & set(arch.files)
 
 
 class Deadly(imagenet._Reader):
@@ -119,8 +171,88 @@ class Deadly(imagenet._Reader):
 
 def test_a_worker_that_dies_is_reported(place, monkeypatch):
     monkeypatch.setattr(imagenet, "_Reader", Deadly)
-    with pytest.raises(data.DataError, match="fewer --workers"):
+    with pytest.raises(UserError, match="fewer --workers") as info:
         list(batches(place, 16, workers=1))
+    assert "\n" not in str(info.value)
+
+
+class Large(imagenet._Reader):
+    def __getitem__(self, item):
+        self.transform = lambda image: bytearray(2**62)
+        return super().__getitem__(item)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_larger_than_the_memory(place, monkeypatch, workers):
+    monkeypatch.setattr(imagenet, "_Reader", Large)
+    with pytest.raises(UserError, match="too little memory.*--workers.*--image_size"):
+        list(batches(place, 16, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_damaged_image_is_named(tmp_path, workers, training):
+    imagenet_of_digits(tmp_path)
+    for split in ("train", "val"):
+        damaged = next((tmp_path / split / "n00000002").iterdir())
+        damaged.write_bytes(damaged.read_bytes()[:-200])
+        with pytest.raises(UserError, match=f"{damaged} cannot be read as an image.*truncated"):
+            list(batches(tmp_path, 8, training=split == "train", workers=workers))
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals
+# ------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def raising_handlers():
+    """Handlers as in the scripts: both signals raise."""
+
+    def interrupt(signum, frame):
+        raise Interrupted(signum)
+
+    old = [signal.signal(signum, interrupt) for signum in imagenet.SIGNALS]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(imagenet.SIGNALS, old, strict=True):
+            signal.signal(signum, handler)
+
+
+def test_signals_to_all_processes_end_the_workers_without_a_word(place, capfd):
+    with raising_handlers():
+        one = batches(place, 8, workers=2)
+        passing = iter(one)
+        next(passing)
+        workers = one.loader._iterator._workers
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)
+        assert len(list(passing)) == 10, "SIGINT is the main process's business"
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGTERM)
+            worker.join(20)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_signal_that_comes_while_a_worker_starts_waits_for_its_handlers(
+    place, capfd, monkeypatch
+):
+    def start(worker):
+        os.kill(os.getpid(), signal.SIGINT)
+        start_worker(worker)
+
+    start_worker = imagenet._start_worker
+    monkeypatch.setattr(imagenet, "_start_worker", start)
+    with raising_handlers():
+        assert len(list(batches(place, 8, workers=2))) == 11
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked here no longer"
+    assert capfd.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -136,28 +268,47 @@ def folder(root, *files):
 
 @pytest.mark.parametrize("files, says", [
     (["train/a/1.png", "train/b/1.png"], "no folder val/"),
+    (["train/a/1.png", "train/b/1.png", "test/a/1.png"], "no folder val/"),
     (["val/a/1.png", "val/b/1.png"], "no folder train/"),
     (["train/a/1.png", "train/b/1.png", "val/1.png"], "no class folders"),
     (["train/a/1.png", "train/b/._1.png", "val/a/1.png"], "train/b has no images"),
     (["train/a/1.png", "val/a/1.png"], "single class (a)"),
     (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], "lacks: c;"),
-])  # fmt: skip
+])
 def test_folders_that_are_not_imagenets(tmp_path, files, says):
     folder(tmp_path, *files)
-    with pytest.raises(data.DataError, match=re.escape(says)):
-        imagenet.load(tmp_path)
+    with pytest.raises(UserError, match=re.escape(says)):
+        load(tmp_path)
 
 
 def test_labels_follow_the_training_folders(tmp_path):
     folder(tmp_path, "train/a/1.png", "train/b/1.JPEG", "train/c/x/1.jpg", "val/c/2.png",
-           "val/c/note.txt")  # fmt: skip
-    train_images, val = imagenet.load(tmp_path)
+           "val/c/note.txt")
+    notes = []
+    train_images, val = load(tmp_path, log=notes.append)
     assert train_images.classes == val.classes == ["a", "b", "c"]
     assert train_images.labels.tolist() == [0, 1, 2] and val.labels.tolist() == [2]
+    assert notes == [f"warning: {tmp_path}/val lacks classes that {tmp_path}/train has: a, b; the "
+                     "accuracy leaves them out"]
+
+
+def test_loops_and_pipes_are_skipped_with_a_warning(tmp_path):
+    folder(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+    (tmp_path / "train/loop").symlink_to(".")
+    os.mkfifo(tmp_path / "val/a/f.png")
+    notes = []
+    images = load(tmp_path, log=notes.append)
+    assert [len(split) for split in images] == [2, 2] and images[0].classes == ["a", "b"]
+    assert notes == [f"warning: skipped {tmp_path}/train/loop (a link to a folder around it), "
+                     f"{tmp_path}/val/a/f.png (not a regular file)"]
 
 
 def test_batches_that_cannot_be(place):
-    with pytest.raises(data.DataError, match="too large for the 84 images"):
-        batches(place, 43, part=(0, 2))
-    with pytest.raises(data.DataError, match="at least 2"):
+    with pytest.raises(UserError, match="43 for each of 2 ranks is too large for the 84 images"):
+        batches(place, 43, rank=0, world_size=2)
+    with pytest.raises(UserError, match="at least 2"):
         batches(place, 1)
+    with pytest.raises(UserError, match="without cutout"):
+        batches(place, 16, cutout_length=16)
+    with pytest.raises(UserError, match="unknown data set 'cifar10'"):
+        imagenet.load("cifar10", place)

@@ -7,19 +7,22 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.path import Path
+from matplotlib.text import Text
 
+import cells
+import explain
 import genotypes
 import visualize
-
-matplotlib = pytest.importorskip("matplotlib")
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
-from matplotlib.colors import to_hex  # noqa: E402
-from matplotlib.path import Path  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
+from genotypes import NODES
+from model_search import SparseCode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NODES = range(2, 6)
 
 
 def random_genotype(seed, each):
@@ -27,11 +30,11 @@ def random_genotype(seed, each):
     rng = random.Random(seed)
 
     def cell():
-        edges = [[(op, s) for s in range(node) for op in genotypes.PRIMITIVES] for node in NODES]
+        edges = [[(op, s) for s in range(node) for op in genotypes.PRIMITIVES] for node in range(2, 2 + NODES)]
         return [pair for pairs in edges for pair in rng.sample(pairs, each)]
 
-    concat = sorted(rng.sample(NODES, rng.randint(1, 4)))
-    return genotypes.Genotype(cell(), concat, cell(), range(2, 6))
+    concat = sorted(rng.sample(range(2, 2 + NODES), rng.randint(1, NODES)))
+    return genotypes.Genotype(cell(), concat, cell(), range(2, 2 + NODES))
 
 
 def overlap(a, b):
@@ -74,13 +77,13 @@ def check_cells(figure, genotype):
             assert around.x0 <= box.x0 and box.x1 <= around.x1 and around.y0 <= box.y0, text
         labels = {text.get_gid(): text.get_text().replace("\n", " ") for text in axes.texts}
         for k, (operation, _) in enumerate(pairs):
-            name, colour, *_ = visualize.OPERATIONS[operation]
+            name, colour, *_ = cells.OPERATIONS[operation]
             assert labels[f"text of label {k}"] == name and operation.startswith(name[:3])
             assert to_hex(edges[f"edge {k}"].get_edgecolor()).upper() == colour
         for gid, edge in edges.items():
             k = int(gid[5:])
-            ends = (pairs[k][1], 2 + k * 4 // len(pairs)) if k < len(pairs) else (
-                concat[k - len(pairs)], 6)
+            ends = (pairs[k][1], 2 + k * NODES // len(pairs)) if k < len(pairs) else (
+                concat[k - len(pairs)], cells.OUTPUT)
             path = edge.get_path().transformed(edge.get_transform())
             points = Path(path.to_polygons(closed_only=False)[0]).interpolated(20).vertices
             for other in boxes.keys() - {f"node {end}" for end in ends} - {f"label {k}"}:
@@ -91,9 +94,9 @@ def check_cells(figure, genotype):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_nothing_overlaps_in_a_cell(stacked):
-    cells = [genotype for genotype, _ in genotypes.NAMED.values()]
-    cells += [random_genotype(seed, each) for each in range(1, 5) for seed in range(3)]
-    for genotype in cells:
+    drawn = [genotype for genotype, _ in genotypes.NAMED.values()]
+    drawn += [random_genotype(seed, each) for each in range(1, 5) for seed in range(3)]
+    for genotype in drawn:
         figure = visualize.cells_figure(genotype, "title", stacked=stacked)
         assert figure.get_figwidth() == (3.35 if stacked else 6.9)
         check_cells(figure, genotype)
@@ -109,15 +112,18 @@ def test_changes_are_filled():
          if p.get_gid().startswith("label") and to_hex(p.get_facecolor()) != "#ffffff"}
         for axes in figure.axes
     ]
-    colour = [visualize.OPERATIONS[g.normal[7][0]][1] for g in (before, changed)]
+    colour = [cells.OPERATIONS[g.normal[7][0]][1] for g in (before, changed)]
     assert filled == [{7: colour[0]}, {}, {7: colour[1]}, {}]
     check_texts(figure)
 
 
 def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **config):
-    """A run folder; a one-stage search freezes node k in epoch 2 + k // 2, the last one in 5."""
+    """A run folder; a one-stage search freezes node k in epoch 2 + k // 2, the last one in 5.
+
+    "old": a one-stage search whose rows do not say in which phase they are.
+    """
     path.mkdir()
-    one = kind == "one"
+    one = kind in ("one", "old")
     config |= dict(seed=seed, epochs=epochs - 5 * one, one_stage=one, freeze_tol=1e-3)
     (path / "config.json").write_text(json.dumps(config))
     held_out, rows, choices = "valid" if kind == "two" else "test", [], []
@@ -126,8 +132,11 @@ def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **
         for part in ("train", held_out):
             row |= {f"{part}_loss": 3 / epoch, f"{part}_accuracy": accuracy - epochs + epoch}
         if kind == "two" or (one and epoch <= 5):
-            row["frozen"] = [one and epoch >= 2 + k // 2 for k in range(8)]
-            row["distance"] = [0.5 / 4**epoch * (not one or epoch <= 2 + k // 2) for k in range(8)]
+            row["frozen"] = [one and epoch >= 2 + k // 2 for k in range(2 * NODES)]
+            row["distance"] = [0.5 / 4**epoch * (not one or epoch <= 2 + k // 2)
+                               for k in range(2 * NODES)]
+        if kind == "one":
+            row["phase"] = "search" if epoch <= 5 else "train"
         if kind == "train":
             row.update(parameters=3_316_726, multiply_adds=524_996_736)
         rows.append({**row, "seconds": 1800.0})
@@ -144,21 +153,26 @@ def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **
     return str(path)
 
 
-@pytest.mark.parametrize("kind, epochs", [("two", 1), ("two", 50), ("one", 4), ("one", 12)])
+@pytest.mark.parametrize("kind, epochs", [("two", 1), ("two", 50), ("one", 4), ("one", 5), ("one", 12),
+                                          ("old", 12)])
 def test_search_figure(tmp_path, kind, epochs):
     run = visualize.read_run(make_run(tmp_path / "run", kind, epochs, weights=epochs != 4))
+    kind = "one" if kind == "old" else kind
     assert run.search and run.one_stage == (kind == "one") and len(run.history) == epochs
-    assert run.end == (5 if epochs == 12 else None)
+    assert run.end == (5 if kind == "one" and epochs >= 5 else None)
     figure = visualize.search_figure(run)
-    assert len(figure.axes) == (5 if epochs != 4 else 3)
+    assert len(figure.axes) == 3 + 2 * NODES * (epochs != 4)
     check_texts(figure)
-    # Dashed lines at the end of the search, and a stroke for each node that is frozen by then.
+    # The title counts the epochs that the axes have, which are those of the search.
+    shown = min(epochs, 5) if kind == "one" else epochs
+    assert f"; {shown} epochs of search" in figure.get_suptitle()
+    assert {axes.get_xlim()[1] for axes in figure.axes} == {shown + 0.5}
+    # A stroke for each node that is frozen by then.
     strokes = [[c.get_segments()[0][0][0] for c in axes.collections] for axes in figure.axes[:2]]
     last = (min(epochs, 5) if kind == "one" else 0) + 0.5
     assert sorted(strokes[0]) == [x for x in (2.5, 2.5, 3.5, 3.5) if x <= last]
     assert sorted(strokes[1]) == [x for x in (4.5, 4.5, 5.5, 5.5) if x <= last]
     lines = {line.get_label(): line for line in figure.axes[2].lines}
-    assert ("search ends" in lines) == (epochs == 12)
     for name, shown in (("normal 0", 2), ("reduction 3", 5)):  # the distances until they freeze
         values = [value for value in lines[name].get_ydata() if value == value]
         shown = min(epochs, shown) if kind == "one" else epochs
@@ -168,20 +182,48 @@ def test_search_figure(tmp_path, kind, epochs):
 def test_bars_show_the_pairs(tmp_path):
     run = visualize.read_run(make_run(tmp_path / "run", epochs=9))
     figure = visualize.search_figure(run)
+    inputs = ("k−2", "k−1", 0, 1, 2)
     for axes, cell in zip(figure.axes, ("normal", "reduce"), strict=False):
         lanes = [tick.get_text() for tick in axes.get_yticklabels()]
-        assert lanes == [f"{('k−2', 'k−1', 0, 1, 2)[s]} → {n - 2}" for n in NODES for s in range(n)]
+        assert lanes == [f"{inputs[s]} → {j}" for j in range(NODES) for s in range(j + 2)]
         for choice in run.history:
             here = [p for p in axes.patches if p.get_x() < choice.epoch < p.get_x() + p.get_width()
                     and to_hex(p.get_facecolor()) != "#f0f0f0"]
             here.sort(key=lambda p: p.get_y())
             pairs = getattr(choice.genotype, cell)
             expected = [
-                visualize.OPERATIONS[op][1]
-                for node in range(4)
+                cells.OPERATIONS[op][1]
+                for node in range(NODES)
                 for op, _ in sorted(pairs[2 * node : 2 * node + 2], key=lambda pair: pair[1])
             ]
             assert [to_hex(p.get_facecolor()).upper() for p in here] == expected
+
+
+def genotype_of(cell):
+    return genotypes.Genotype(cell, range(2, 6), cell, range(2, 6))
+
+
+def test_operations_on_one_edge_have_labels_and_weights_panels(tmp_path):
+    """Also with four pairs a node, all of them on one edge."""
+    operations = genotypes.PRIMITIVES[:4]
+    genotype = genotype_of([(op, source) for source in (0, 1, 0, 2) for op in operations])
+    path = make_run(tmp_path / "run", epochs=3)
+    with open(os.path.join(path, "genotypes.jsonl"), "w") as file:
+        for epoch in range(1, 4):
+            weights = {f"{c}_weights": np.linspace(-1, epoch, 16).tolist() for c in cells.CELLS}
+            row = {"epoch": epoch, **genotypes.as_lists(genotype), **weights}
+            file.write(json.dumps(row) + "\n")
+    figure = visualize.search_figure(visualize.read_run(path))
+    check_texts(figure)
+    for axes in figure.axes[:2]:
+        labels = [text.get_text() for text in axes.texts if text.get_gid() == "bar"]
+        assert labels == [cells.OPERATIONS[op][0] for _ in range(NODES) for op in operations]
+    for k, axes in enumerate(figure.axes[3:]):  # a panel for each node, a line for each pair
+        assert axes.get_title(loc="left").endswith(f"node {k % NODES}")
+        lines = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 3]
+        node = slice(4 * (k % NODES), 4 * (k % NODES) + 4)
+        expected = np.stack([np.linspace(-1, epoch, 16)[node] for epoch in range(1, 4)], 1)
+        np.testing.assert_allclose(lines, expected)
 
 
 @pytest.mark.parametrize("kind, epochs", [("two", 1), ("two", 50), ("one", 12), ("train", 600)])
@@ -195,6 +237,24 @@ def test_curves_figure(tmp_path, kind, epochs):
     line = lines["validation" if kind == "two" else "test"]
     assert list(line.get_xdata()) == list(range(1, epochs + 1)) and line.get_ydata()[-1] == 90
     assert ("search" in lines) == (kind == "one")
+    assert max(figure.axes[0].get_ylim()) > 3  # the first loss is no outlier
+
+
+@pytest.mark.parametrize("kind", ["two", "one"])
+def test_outliers_of_a_loss_are_marked_and_do_not_flatten_the_rest(tmp_path, kind):
+    path = make_run(tmp_path / "run", kind, 20)
+    rows = [json.loads(line) for line in open(os.path.join(path, "metrics.jsonl"))]
+    rows[1]["train_loss"], rows[16]["train_loss"] = 71.25, 8e6
+    with open(os.path.join(path, "metrics.jsonl"), "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    figure = visualize.curves_figure(visualize.read_run(path))
+    check_texts(figure)
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low < 3 / 20 and 3 < high < 5
+    marks = {line.get_xdata()[0] for line in axes.lines if line.get_gid() == "outlier"}
+    assert marks == {2, 17}
+    assert [text.get_text().strip() for text in axes.texts] == ["8e+06", "71.2"]
 
 
 @pytest.mark.parametrize("kind", ["two", "one", "train"])
@@ -244,10 +304,14 @@ def test_table_and_mean_over_seeds(tmp_path, monkeypatch):
     assert "mean ± std of 3 seeds" in lines[4] and lines[4].count("97.10 ± 0.10") == 2
     assert "2/4" in lines[6] and lines[7].startswith("search") and "validation" in lines[7]
     assert len(lines[7].split()[2]) == 7  # the hash of a genotype without a name
-    assert script(*names, cwd=tmp_path) == [*lines, "compare.png"]
+    assert script(*names, cwd=tmp_path) == [*lines, "seed0/compare.png"]
+    assert (tmp_path / "seed0/compare.png").exists() and not (tmp_path / "compare.png").exists()
+    assert script(*names, "-o", "here.png", cwd=tmp_path)[-1] == "here.png"
     figure = visualize.compare_figure(runs)
     check_texts(figure)
-    assert len(figure.legends[0].get_texts()) == 4 and len(figure.axes[0].lines) == 6
+    assert len(figure.legends[0].get_texts()) == 4
+    panels = {axes.get_title(loc="left"): len(axes.lines) for axes in figure.axes}
+    assert panels == {"test accuracy (%)": 5, "validation accuracy (%)": 1}
 
 
 def script(*argv, cwd, code=0):
@@ -262,9 +326,55 @@ def script(*argv, cwd, code=0):
     return result.stdout.split("\n")[:-1]
 
 
-def test_import_is_light():
-    code = "import sys, visualize; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def random_code(seed, **setting):
+    torch.manual_seed(seed)
+    code = SparseCode(**setting)
+    code.recover()
+    return code
+
+
+@pytest.mark.parametrize("setting", [{}, dict(sparseness=1), dict(proj_dims=5, sparseness=4)])
+def test_method_figure(setting):
+    for seed in range(3):
+        code = random_code(seed, **setting)
+        figure = explain.method_figure(code)
+        check_texts(figure)
+        page, point, dictionary, sparse, cell = figure.axes
+        assert [bar.get_width() for bar in point.patches] == code.b[0].tolist()
+        np.testing.assert_array_equal(dictionary.images[0].get_array(), code.A[0].numpy())
+        heads = {x: y for line in sparse.lines for x, y in [line.get_xydata()[-1]]
+                 if line.get_marker() == "o"}
+        assert [heads[k] for k in range(len(heads))] == code.z[0].tolist()
+        # The pairs that are kept: bold below z, listed with their weights, filled in the cell.
+        kept = [edge * len(genotypes.PRIMITIVES) + op for edge, op in code.support[0]]
+        bold = [k for k, text in enumerate(sparse.get_xticklabels())
+                if text.get_weight() == "bold"]
+        assert bold == kept
+        texts = [text.get_text() for text in page.texts]
+        weights = [text.split("= ")[1].strip("$") for text in texts if "w = " in text]
+        dense = code.weights().flatten().tolist()
+        assert weights == [f"{dense[k]:.2f}" for k in kept]
+        filled = {patch.get_gid() for patch in cell.patches if patch.get_gid().startswith("label")
+                  and to_hex(patch.get_facecolor()) != "#ffffff"}
+        assert filled == {f"label {k}" for k in range(len(kept))}
+
+
+def test_method_of_a_run_is_that_of_its_checkpoint(tmp_path):
+    code = random_code(3, proj_dims=5, sparseness=3, lam=1e-4)
+    setting = dict(proj_dims=5, sparseness=3, lam=1e-4)
+    state = {f"normal_code.{key}": value for key, value in code.state_dict().items()}
+    (tmp_path / "run").mkdir()
+    checkpoint = dict(kind="search", args=setting, net=state)
+    torch.save(checkpoint, tmp_path / "run/checkpoint.pt")
+    read = explain.code_of(tmp_path / "run")
+    assert read.support == code.support
+    for name in ("A", "b", "z"):
+        for ours, theirs in zip(getattr(read, name), getattr(code, name), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert script("--method", "run", cwd=tmp_path) == ["run/method.png"]
+    assert script("--method", cwd=tmp_path) == ["method.png"]
+    torch.save({**checkpoint, "kind": "train"}, tmp_path / "run/checkpoint.pt")
+    assert "not of a search" in script("--method", "run", cwd=tmp_path, code=2)
 
 
 def test_script_draws_genotypes(tmp_path):
@@ -279,8 +389,13 @@ def test_script_draws_genotypes(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "required"),
-        (["nothing"], "unknown genotype"),
+        ([], "give a genotype"),
+        (["runs/TYPO"], "runs/TYPO: there is no such run folder or file"),
+        (["runs/TYPO", "good.json"], "runs/TYPO: there is no such run folder"),
+        (["random:x"], "expected random:SEED"),
+        (["--method", "runs/TYPO"], "runs/TYPO/checkpoint.pt cannot be read"),
+        (["--method", "broken", "empty"], "one run at most"),
+        (["done", "-o", "no/such"], "give a folder"),
         (["empty"], "not a run folder"),
         (["begun", "missing"], "begun: no epoch has ended yet"),
         (["ISTA_twostage", "-o", "good.json"], "ends in .png, .svg, .pdf"),
@@ -293,6 +408,7 @@ def test_errors_are_one_line(tmp_path, argv, message):
         (tmp_path / name).mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
     make_run(tmp_path / "broken", "two", 2)
+    make_run(tmp_path / "done", "two", 2)
     (tmp_path / "broken" / "genotypes.jsonl").write_text('{"epoch": 1, "normal": []}\n')
     genotypes.save(tmp_path / "good.json", genotypes.ISTA_twostage, False)
     good = (tmp_path / "good.json").read_bytes()

@@ -1,0 +1,151 @@
+"""Draw how the method works, from the code's own objects: point b, dictionary A, code z, cell.
+
+    python visualize.py --method
+    python visualize.py --method runs/NAME
+"""
+
+import os
+
+import numpy as np
+import torch
+from matplotlib.patches import Rectangle
+
+import cells
+import runs
+from cells import INNER, MARGIN, NAMES, OPERATIONS, OUTER, OUTPUT
+from genotypes import NODES, PRIMITIVES
+from model_search import SparseCode
+from utils import UserError
+
+EXAMPLE = 33  # seed of the code that is drawn without a run
+
+
+def code_of(run_dir=None):
+    """The SparseCode of a search's normal cells, recovered from its checkpoint; else a random one.
+
+    That is as a search begins with it, except that b, initially of length 1e-3, is 1000 times as
+    long. UserError where there is no whole checkpoint of a search.
+    """
+    if run_dir is None:
+        torch.manual_seed(EXAMPLE)
+        code = SparseCode()
+        A, b = code.A, [1000 * b for b in code.b]
+    else:
+        path = os.path.join(run_dir, "checkpoint.pt")
+        checkpoint = runs.load_checkpoint(path)
+        if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "search":
+            raise UserError(f"{path} is not of a search, so it has no codes")
+        args, state = checkpoint["args"], checkpoint["net"]
+        code = SparseCode(args["proj_dims"], args["sparseness"], args["lam"])
+        A, b = ([state[f"normal_code.{name}{j}"] for j in range(NODES)] for name in ("A", "b."))
+        if A[0].shape != code.A[0].shape:
+            raise UserError(f"{path}: the search had other operations than this checkout")
+    with torch.no_grad():
+        for j in range(NODES):
+            code.A[j].copy_(A[j])
+            code.b[j].copy_(b[j])
+    code.recover()
+    return code
+
+
+@cells.style()
+def method_figure(code):
+    """Draw how the pairs of node 0 come out of its point b: b = Az, the sparse z, w, the cell.
+
+    Parameters
+    ----------
+    code : model_search.SparseCode
+        After its `recover()`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    A, b, z = (x[0].numpy(force=True) for x in (code.A, code.b, code.z))
+    (m, n), unit = A.shape, 0.19  # inches: a column of A and of z, a row of A and of b
+    kept = {edge * len(PRIMITIVES) + op: (PRIMITIVES[op], edge) for edge, op in code.support[0]}
+    weights = code.weights().numpy(force=True).ravel()
+    pairs = [(PRIMITIVES[op], edge) for node in code.support for edge, op in node]
+
+    # Inches from the upper left corner: b and A above z to the left, the cell above w to the right.
+    left, top, depth = 1.1, 0.46, cells.layers(pairs)[OUTPUT]
+    right, codes = left + n * unit + 0.3, top + m * unit + 0.42
+    gap = max((cells.WIDTH - right - MARGIN - 2 * OUTER + INNER) / depth - INNER, 0.15)
+    wide = 2 * OUTER - INNER + depth * (INNER + gap)
+    high = len(pairs) * cells.PAIR + NODES * cells.SPACE
+    weighing = max(top + high + 0.16, codes - 0.05)
+    width = right + wide + MARGIN
+    height = max(codes + 1.5, weighing + 0.28 + 0.27 * len(kept))
+    figure = cells.new_figure(width, height)
+
+    def add_axes(x, y, wide, high, **kwargs):
+        place = (x / width, 1 - (y + high) / height, wide / width, high / height)
+        return figure.add_axes(place, **kwargs)
+
+    page = add_axes(0, 0, width, height, xlim=(0, width), ylim=(height, 0), zorder=2)
+    page.axis("off")
+
+    def say(x, y, text, size=7.5, **look):
+        page.text(x, y, text, size=size, va="center", **look)
+
+    def arrow(x, y, to_x, to_y):
+        page.annotate("", (to_x, to_y), (x, y), zorder=5, arrowprops=dict(
+            width=5, headwidth=11, headlength=7, color="#8A8A8A", shrink=0))
+
+    say(MARGIN, 0.13, "1  compressed space: $b = Az$", 9.5)
+    say(MARGIN, 0.35, f"$b \\in R^{m}$, trained")
+    say(left, 0.35, f"$A \\in R^{{{m}\\times {n}}}$, random, fixed: a column for each pair")
+    axes = add_axes(MARGIN, top, left - MARGIN - 0.25, m * unit)
+    axes.barh(range(m), b, 0.6, color="#444444")
+    axes.axvline(0, color="black", marker="")
+    axes.set(xticks=[], yticks=[], ylim=(m - 0.5, -0.5))
+    say(left - 0.13, top + m * unit / 2, "=", 12, ha="center")
+    axes = add_axes(left, top, n * unit, m * unit)
+    axes.imshow(A, cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for k, (operation, _) in kept.items():
+        page.add_patch(Rectangle((left + k * unit, top), unit, m * unit, fill=False, linewidth=2.2,
+                                 edgecolor=OPERATIONS[operation][1]))
+
+    arrow(0.45, top + m * unit + 0.08, 0.45, codes + 0.08)
+    say(left - 0.3, codes - 0.18, "2  sparse code: $z = \\arg\\min\\;\\frac{1}{2}\\|Az - b\\|^2 + "
+        "\\lambda\\|z\\|_1$", 9.5)
+    axes = add_axes(left, codes, n * unit, 0.75)
+    axes.axhline(0, color="black", marker="", linewidth=0.7)
+    for k, value in enumerate(z):
+        colour = OPERATIONS[kept[k][0]][1] if k in kept else "#8A8A8A"
+        axes.plot([k, k], [0, value], color=colour, marker="", linewidth=4 if k in kept else 1.2)
+        axes.plot(k, value, "o", color=colour, markersize=7 if k in kept else 4 if value else 1.5)
+    axes.margins(y=0.15)
+    names = [OPERATIONS[name][0] for _ in range(n // len(PRIMITIVES)) for name in PRIMITIVES]
+    axes.set(xlim=(-0.5, n - 0.5), yticks=[])
+    axes.set_xticks(range(n), names, rotation=90, size=7)
+    axes.tick_params(length=0)
+    for k in kept:
+        axes.get_xticklabels()[k].set_weight("bold")
+    axes.grid(False)
+    for edge in range(n // len(PRIMITIVES)):
+        x, span = left + edge * len(PRIMITIVES) * unit, len(PRIMITIVES) * unit
+        page.plot([x + 0.05, x + span - 0.05], [codes + 1.28] * 2, color="black", marker="")
+        say(x + span / 2, codes + 1.38, f"of input {NAMES[edge]}", ha="center")
+    say(MARGIN, codes + 0.3, f"$\\|z\\|_0 = {np.count_nonzero(z)}$ of {n}")
+    say(MARGIN, codes + 0.5, f"{len(kept)} largest kept")
+
+    arrow(left + n * unit + 0.04, codes + 0.4, right - 0.03, codes + 0.4)
+    say(right, weighing + 0.1, "3  weights: $w_S = A_S^T b - (A_S^T A_S - I)\\,z_S$", 9.5)
+    for i, (k, (operation, edge)) in enumerate(kept.items()):
+        name, colour, ink, *_ = OPERATIONS[operation]
+        y = weighing + 0.27 * (i + 1)
+        cells.box(page, (right + 0.05, y, 0.55, 0.22), name, f"kept {i}", ink, 7, colour, colour)
+        say(right + 0.68, y + 0.11, f"of input {NAMES[edge]}:  $w = {weights[k]:.2f}$", 8.5)
+
+    x = right + wide - OUTER / 2
+    arrow(x, weighing + 0.6, x, weighing - 0.3)
+    say(right, 0.13, "4  cell: node 0 $= \\Sigma_{k \\in S}\\,w_k\\,op_k(input_k)$", 9.5)
+    say(right, 0.35, f"nodes 1 to {NODES - 1} come from points of their own")
+    axes = add_axes(right - 0.02, top, wide + 0.04, high, xlim=(-0.02, wide + 0.02), ylim=(high, 0))
+    axes.axis("off")
+    others = [(None, None)] * len(kept) + pairs[len(kept) :]
+    cells.draw_cell(axes, pairs, range(2, OUTPUT), others, gap)
+    return figure

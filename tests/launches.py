@@ -1,0 +1,114 @@
+"""What a step at its published size, and a recovery, ask of a CUDA device.
+
+Run as a script by a null GPU, without values: prints, of each kind, launches, host syncs and peak
+memory in GiB, as JSON. The tests take `prepare` and `take_epoch` from here.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import nullgpu
+except ImportError:  # there is one where this is run by a null GPU
+    nullgpu = None
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fast
+import genotypes
+import model
+import search
+import train
+import utils
+from genotypes import PRIMITIVES
+from model_search import Network
+
+KINDS = {
+    "two-stage": (search, [], genotypes.ISTA_twostage),
+    "one-stage": (search, ["--one_stage"], genotypes.ISTA_onestage),
+    "retraining": (train, ["--arch", "ISTA_twostage"], genotypes.ISTA_twostage),
+}
+
+
+class Repeated(list):
+    """Batches, as the loops take them."""
+
+    def endless(self):
+        return itertools.repeat(self[0])
+
+
+def prepare(kind, *flags):
+    """Flags of a script, and a network with the support of a published cell, on the CPU."""
+    script, own_flags, genotype = KINDS[kind]
+    args = script.get_args_parser().parse_args([*own_flags, *flags])
+    shape = args.init_channels, 10, args.layers
+    if script is train:
+        return args, model.NetworkCIFAR(*shape, args.auxiliary, genotype)
+    net = Network(*shape, one_stage=args.one_stage, auxiliary=args.auxiliary)
+    for code, pairs in zip(net.codes, (genotype.normal, genotype.reduce), strict=True):
+        codes = [z.numpy(force=True) * 0 for z in code.z]
+        for i, (primitive, edge) in enumerate(pairs):
+            codes[i // 2][len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)] = 1
+        code.accept(codes)
+    return args, net
+
+
+def take_epoch(args, net, batches):
+    """An epoch of the loop that the flags are of."""
+    progress = SimpleNamespace(step=lambda meter: None)
+    if isinstance(net, model.NetworkCIFAR):
+        optimizer = torch.optim.SGD(
+            net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
+            foreach=True,
+        )
+        return train.train_epoch(net, net, batches, optimizer, args, progress)
+    optimizers = search.optimizers(net, args)
+    if args.one_stage:
+        return search.one_stage_epoch(net, net, batches, *optimizers, args, progress)
+    return search.two_stage_epoch(net, net, batches, batches, *optimizers, args, progress, 1)
+
+
+class Recorded(Repeated):
+    """Four batches alike; what the step on the last one asks for is recorded."""
+
+    def __iter__(self):
+        yield from itertools.repeat(self[0], 3)  # the first steps allocate, and fill
+        torch.cuda.reset_peak_memory_stats()
+        with nullgpu.record() as self.record:
+            yield self[0]
+        self.peak = torch.cuda.max_memory_allocated() / 2**30
+
+
+def main():
+    device, counts = utils.choose_device("cuda"), {}
+    utils.Meter.read = lambda meter: (0.0, 0.0)  # there are no values
+    for kind in KINDS:
+        args, net = prepare(kind)
+        layout = utils.memory_format(device, args.amp)
+        net = fast.accelerate(net.to(device, memory_format=layout))
+        x = torch.zeros(args.batch_size, 3, 32, 32).to(device, memory_format=layout)
+        batches = Recorded([(x, torch.zeros(len(x), dtype=torch.int64).to(device))])
+        take_epoch(args, net, batches)
+        counts[kind] = len(batches.record.launches), len(batches.record.waits), batches.peak
+
+    with nullgpu.Shadow():  # a recovery depends on values
+        for kind in ("two-stage", "one-stage"):
+            args, net = prepare(kind, "--init_channels", "2", "--layers", "3")
+            net.to(device)
+            net.recover()
+            # The points have not moved since: in one-stage search all nodes freeze.
+            limits = (args.freeze_tol, args.max_params) if args.one_stage else ()
+            with nullgpu.record() as record:
+                net.recover(args.solver, *limits)
+            syncs = [entry for entry in record.waits if entry.name == "cudaStreamSynchronize"]
+            counts[f"recovery of {kind}"] = len(record.launches), len(syncs), 0.0
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Whole scripts on a GPU that is not there: torch's own CUDA host code, and values by the CPU.
+
+`make cuda` runs these where there is a null GPU: a command that runs commands on one, named by the
+environment variable NULLGPU, or at ../shared/nullgpu/nullgpu. They show mistakes with devices,
+generators, host syncs and graphs; not speed, rounding, races, or NCCL, for which gloo stands in.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import (
+    CUDA_ENVIRONMENT,
+    ONE_STAGE,
+    ROOT,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same,
+    assert_same_run,
+    imagenet_of_digits,
+    rows,
+    run,
+)
+
+COMMAND = os.environ.get("NULLGPU", ROOT.parent / "shared/nullgpu/nullgpu")
+NULLGPU = os.path.abspath(shutil.which(COMMAND) or COMMAND)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not shutil.which(NULLGPU), reason=f"there is no null GPU at {NULLGPU}"),
+]
+
+
+def null_gpu(*options):
+    """A command that runs commands on a null GPU, with values."""
+    return NULLGPU, "--values", *options, "--"
+
+
+GPU = null_gpu()
+TWO_GPUS = null_gpu("--devices", "2")
+
+IMAGENET = ["--dataset", "imagenet", "--data", "images", "--image_size", 32, "--init_channels", 2,
+            "--layers", 3, "--batch_size", 16, "--workers", 1]
+# --device: none, "cuda" and "cuda:0".
+LOOPS = {
+    "two-stage": [*TWO_STAGE, "--batch_size", 160, "--epochs", 2],
+    "every step": [
+        "search.py", *IMAGENET, "--recover_every", 1, "--epochs", 2, "--device", "cuda",
+    ],
+    "one-stage": [
+        *ONE_STAGE, "--batch_size", 320, "--epochs", 2, "--max_search_epochs", 2, "--device",
+        "cuda:0",
+    ],
+    "training": [
+        *TRAIN, "--batch_size", 320, "--epochs", 3, "--drop_path_prob", 0.5, "--cutout",
+        "--device", "cuda:0",
+    ],
+    "imagenet": ["train.py", *IMAGENET, "--arch", "ISTA_ImageNet", "--epochs", 2],
+}
+EPOCHS = {"two-stage": 2, "every step": 2, "one-stage": 4, "training": 3, "imagenet": 2}
+KILLED = {**EPOCHS, "one-stage": 3}  # in this epoch; the first 2 search
+
+# Ends a run when it has written the rows of an epoch, and not its checkpoint.
+KILL = """
+import os, signal, runs
+save = runs.Run.save_checkpoint
+def save_checkpoint(run, **state):
+    if state["epoch"] == {epoch}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(run, **state)
+runs.Run.save_checkpoint = save_checkpoint
+"""
+
+
+def kill_and_resume(loop, cwd, before=(), after=()):
+    """Kill a run and resume it, each time with more flags."""
+    meddle = cwd / "meddle.py"
+    meddle.write_text(KILL.format(epoch=KILLED[loop]))
+    killed = Process(*LOOPS[loop], *before, "--save", "run", cwd=cwd, meddle=meddle, launcher=GPU)
+    assert killed.wait() == -signal.SIGKILL, killed.stderr
+    return run(LOOPS[loop][0], "--resume", "run", *after, cwd=cwd, launcher=GPU)
+
+
+def state(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """For each loop, the folder in which it ran to its end on CUDA, and what it printed."""
+    made = {}
+
+    def make(loop):
+        if loop not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            imagenet_of_digits(folder / "images")
+            done = run(*LOOPS[loop], "--save", "run", cwd=folder, launcher=GPU)
+            assert done.stderr == ""
+            made[loop] = folder, done.stdout
+        return made[loop]
+
+    return make
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, loop):
+    folder, stdout = whole(loop)
+    assert "device: cuda:0" in stdout and "no CUDA device" not in stdout
+    assert len(rows(folder / "run/metrics.jsonl")) == EPOCHS[loop]
+    (tmp_path / "images").symlink_to(folder / "images")
+    resumed = kill_and_resume(loop, tmp_path)
+    assert "random numbers" not in resumed.stdout
+    assert_same_run(folder / "run", tmp_path / "run")
+
+
+@pytest.mark.parametrize("loop", ["one-stage", "training", "imagenet"])
+def test_the_cpu_measures_the_same_network_alike(whole, loop):
+    folder, _ = whole(loop)
+    flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
+    here = run(*flags, cwd=folder).stdout
+    there = run(*flags, cwd=folder, launcher=GPU).stdout
+    assert "device: cuda:0" in there and there.replace("cuda:0", "cpu") == here
+    accuracy = state(folder / "run/network.pt")["about"]["test_accuracy"]
+    assert f"test accuracy {accuracy:.2f} %" in here
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_run_goes_on_on_the_other_kind_of_device_and_back(whole, tmp_path, loop):
+    folder, _ = whole(loop)
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "images").symlink_to(folder / "images")
+    script, epochs = LOOPS[loop][0], int(LOOPS[loop][LOOPS[loop].index("--epochs") + 1])
+    flags = [script, "--resume", "run"]
+    done = run(*flags, "--epochs", epochs + 1, cwd=tmp_path)
+    assert "the run was on CUDA" in done.stdout
+    was_typed = "--device" in LOOPS[loop]
+    assert ("which the run was given, cannot be used here" in done.stdout) == was_typed
+    done = run(*flags, "--epochs", epochs + 2, "--device", "cuda", cwd=tmp_path, launcher=GPU)
+    assert "the run was on the CPU" in done.stdout and "device: cuda:0" in done.stdout
+    found = [row["epoch"] for row in rows(tmp_path / "run/metrics.jsonl")]
+    assert found == [*range(1, EPOCHS[loop] + 3)]
+
+
+@pytest.mark.parametrize("loop, before, after", [
+    ("two-stage", [], ["--cuda_graphs"]), ("one-stage", ["--cuda_graphs"], []),
+    ("training", ["--cuda_graphs"], ["--no-cuda_graphs"]),
+])
+def test_graphs_end_with_the_values_of_the_same_steps(whole, tmp_path, loop, before, after):
+    folder, _ = whole(loop)
+    kill_and_resume(loop, tmp_path, before, after)
+    eager, graphs = (rows(place / "run/metrics.jsonl") for place in (folder, tmp_path))
+    assert len(eager) == len(graphs) == EPOCHS[loop]
+    # The null GPU draws other random numbers in a graph: drop-path drops other paths.
+    undropped = [k for k, row in enumerate(eager) if not row["drop_path_prob"]]
+    assert undropped == list(range(len(undropped))) and undropped
+    assert [graphs[k] for k in undropped] == [eager[k] for k in undropped]
+    if loop == "two-stage":
+        assert_same(*(state(place / "run/checkpoint.pt")["net"] for place in (folder, tmp_path)))
+
+
+@pytest.mark.parametrize("command", [TWO_STAGE, TRAIN])
+def test_bfloat16(tmp_path, command):
+    run(*command, "--epochs", 1, "--amp", "--save", "run", cwd=tmp_path, launcher=GPU)
+    loss = rows(tmp_path / "run/metrics.jsonl")[0]["train_loss"]
+    run(*command, "--epochs", 1, "--save", "float32", cwd=tmp_path, launcher=GPU)
+    expected = rows(tmp_path / "float32/metrics.jsonl")[0]["train_loss"]
+    assert 1e-5 < abs(loss / expected - 1) < 0.05  # more than the rounding of float32
+
+
+def test_bfloat16_is_refused_on_a_gpu_that_would_emulate_it(tmp_path):
+    old = null_gpu("--capability", "7.5")
+    done = run(*TWO_STAGE, "--amp", cwd=tmp_path, status=2, launcher=old)
+    assert re.fullmatch(r"search\.py: error: --amp: .*has no bfloat16.*\n", done.stderr)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_on_a_device_that_is_not_there_goes_on_on_the_default_one(tmp_path):
+    flags = [*TRAIN, "--epochs", 1, "--device", "cuda:1", "--save", "run"]
+    done = run(*flags, cwd=tmp_path, launcher=TWO_GPUS)
+    assert "device: cuda:1" in done.stdout
+    resume = ["train.py", "--resume", "run", "--epochs", 2]
+    done = run(*resume, "--device", "cuda:1", cwd=tmp_path, status=2, launcher=GPU)
+    assert re.fullmatch(r"train\.py: error: --device cuda:1 cannot be used here.*\n", done.stderr)
+    done = run(*resume, cwd=tmp_path, launcher=GPU)
+    assert "--device cuda:1, which the run was given, cannot be used here" in done.stdout
+    assert "device: cuda:0" in done.stdout and "random numbers" not in done.stdout
+
+
+def test_two_ranks_take_a_device_each(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*TWO_GPUS, *torchrun, "--nproc_per_node=2", ROOT / "search.py",
+         *map(str, [*TWO_STAGE[1:], "--batch_size", 100, "--epochs", 1, "--save", "run"])],
+        cwd=tmp_path, env=CUDA_ENVIRONMENT, check=True, capture_output=True,
+    )
+    first, second = state(tmp_path / "run/checkpoint.pt")["random"]
+    assert torch.equal(first["data"], second["data"])
+    assert not torch.equal(first["cuda"], second["cuda"]), "each drops its own paths"
+    done = run("search.py", "--resume", "run", "--epochs", 2, cwd=tmp_path, launcher=GPU)
+    assert "random numbers" not in done.stdout
+
+
+RANK = """
+import os
+os.environ.update(RANK="{0}", LOCAL_RANK="{0}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT="{1}")
+"""
+
+
+def test_more_ranks_than_devices_are_refused_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        meddle = tmp_path / f"{rank}.py"
+        meddle.write_text(RANK.format(rank, port))
+        ranks.append(Process(*TRAIN, cwd=tmp_path, meddle=meddle, launcher=GPU))
+    assert [process.wait() for process in ranks] == [2, 2]
+    first, second = ranks
+    assert re.fullmatch(r"train\.py: error: more ranks \(2\) than .* \(1\).*\n", first.stderr)
+    assert (second.stdout, second.stderr) == ("", "") and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """Of each kind of step, and of recoveries: launches, host syncs, GiB."""
+    script = Path(__file__).parent / "launches.py"
+    done = subprocess.run(
+        [NULLGPU, "--", sys.executable, script], env=CUDA_ENVIRONMENT, check=True,
+        capture_output=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind, most_launches, most_syncs, most_memory", [
+    ("two-stage", 2100, 0, 2.6), ("one-stage", 2900, 0, 6.0), ("retraining", 2450, 0, 5.4),
+    ("recovery of two-stage", 100, 2, 0), ("recovery of one-stage", 100, 2, 0),
+])
+def test_what_a_step_asks_for(launches, kind, most_launches, most_syncs, most_memory):
+    count, syncs, memory = launches[kind]
+    assert count <= most_launches and syncs <= most_syncs and memory <= most_memory
