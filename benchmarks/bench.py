@@ -40,7 +40,7 @@ import genotypes
 import search
 import train
 import utils
-from genotypes import NODES, PRIMITIVES
+from genotypes import PRIMITIVES
 from model import NetworkCIFAR
 from model_search import Network
 
@@ -298,11 +298,12 @@ def measure_steps(table, device, repetitions):
         for i, form in enumerate(every):
             before, peak = memory[kind][i]
             table.add(f"time, {form.name}", 1e3 * times[:, i], "ms")
-            table.add("  share of the plain form", times[:, i] / times[:, 1])
             table.add(f"  peak memory of {of}", peak, "GiB")
-            table.add("    share of the plain form", peak / memory[kind][1][1])
             if device.type != "cuda":
                 table.add("    of it before there is a network", before, "GiB")
+            if not form.is_plain:
+                table.add("  time, share of the plain form", times[:, i] / times[:, 1])
+                table.add("  peak memory, share of the plain form", peak / memory[kind][1][1])
             if not form.cuda_graphs:  # without those at the end of an epoch
                 one, two = (host_syncs(runs[i], n, Clock(device), device=device) for n in (1, 2))
                 table.add("  host syncs", two - one)
@@ -377,8 +378,8 @@ class Dense(Network):
 
     def _given(self, code):
         weights = [(A.T @ b.double()).softmax(0) for A, b in zip(code.A, code.b, strict=True)]
-        k = range(len(weights[-1]))
-        support = [[divmod(i, len(PRIMITIVES)) for i in k[: len(weights[j])]] for j in range(NODES)]
+        operations = len(weights[0]) // 2
+        support = [[divmod(k, operations) for k in range(len(w))] for w in weights]
         return support, [w.to(self.classifier.weight.dtype).unbind() for w in weights]
 
 
@@ -386,10 +387,10 @@ def measure_growth(table, device, repetitions):
     """Steps in spaces of 7, 14 and 28 operations an edge, the available ones repeated."""
     published, (ours, plain, *_) = list(PRIMITIVES), forms(device)
     for title, times, options in (
-        ("the two-stage step", repetitions, (ours, device)),
-        ("one that runs every operation: 2 cells, batch 8", 3, (plain, device, 8, 2, Dense)),
+        ("two-stage step", repetitions, (ours, device)),
+        ("where all of them run, 2 cells, batch 8", 3, (plain, device, 8, 2, Dense)),
     ):
-        table.title(f"growth with the number of operations, {title}")
+        table.title(f"growth with the operations: {title}")
         built = []
         for copies in (1, 2, 4):
             PRIMITIVES[:] = published * copies
