@@ -91,7 +91,8 @@ def test_load_builds_the_network_of_a_file(tmp_path, network, C):
     path = str(tmp_path / "network.pt")
     about = dict(classes=["cat", "dog", "owl"], mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0],
                  image_size=64)
-    checkpoints.save(path, dict(config=net.config, weights=net.state_dict(), args=ARGS, about=about))
+    state = dict(config=net.config, weights=net.state_dict(), args=ARGS, about=about)
+    checkpoints.save(path, state)
     again, known = model.load(path)
     assert type(again) is network and known == about and not again.training
     with torch.no_grad():
