@@ -11,7 +11,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 import cells
-import runs
+import checkpoints
 from cells import INNER, MARGIN, NAMES, OPERATIONS, OUTER, OUTPUT
 from genotypes import NODES, PRIMITIVES
 from model_search import SparseCode
@@ -32,7 +32,7 @@ def code_of(run_dir=None):
         A, b = code.A, [1000 * b for b in code.b]
     else:
         path = os.path.join(run_dir, "checkpoint.pt")
-        checkpoint = runs.load_checkpoint(path)
+        checkpoint = checkpoints.load(path)
         if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "search":
             raise UserError(f"{path} is not of a search, so it has no codes")
         args, state = checkpoint["args"], checkpoint["net"]

@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 RUN = [
     "train.py", "--dataset", "imagenet", "--data", "images", "--image_size", "32", "--arch",
     "ISTA_ImageNet", "--init_channels", "2", "--layers", "3", "--batch_size", "16", "--epochs", "2",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_flag_of_the_data_set_means_the_published_recipe():
     recipe = dict(init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250, seed=0,
                   learning_rate=0.5, momentum=0.9, weight_decay=3e-5, grad_clip=5, auxiliary=True,
                   auxiliary_weight=0.4, drop_path_prob=0, cutout=False, label_smoothing=0.1,
-                  data="data")  # fmt: skip
+                  data="data")
     assert {**vars(args), **recipe} == vars(args)
     args = train.get_args_parser().parse_args([], published=train.published)
     assert args.label_smoothing == 0 and args.image_size == 32 and args.cutout
@@ -107,7 +107,7 @@ def test_top5_accuracy():
     for part in (slice(0, 32), slice(32, 50)):
         meter.add(torch.tensor(2.0), logits[part], labels[part])
     rank = [sorted(row, reverse=True).index(row[y]) for row, y in zip(logits.tolist(), labels,
-                                                                      strict=True)]  # fmt: skip
+                                                                      strict=True)]
     top1, top5 = (100 * sum(r < k for r in rank) / 50 for k in (1, 5))
     assert meter.read() == pytest.approx((2.0, top1, top5)) and top1 < top5 < 100
 
@@ -146,7 +146,7 @@ DARTS_V2 = (
 @pytest.mark.parametrize("arch, multiply_adds, counted", [
     ("ISTA_ImageNet", 621_084_480, 637_962_432),  # the paper: 638 M
     (DARTS_V2, 529_911_552, 544_588_032),  # github.com/quark0/darts/issues/46: 544.59 M
-])  # fmt: skip
+])
 def test_published_multiply_adds_are_those_of_ptflops(arch, multiply_adds, counted):
     with torch.device("meta"):
         net = model.NetworkImageNet(48, 1000, 14, True, genotypes.load(arch)[0]).eval()
@@ -220,7 +220,7 @@ def test_a_signal_to_all_processes_ends_the_step(place, tmp_path, signum):
     (tmp_path / "images").symlink_to(place / "images")
     (tmp_path / "meddle.py").write_text("import os\nos.setpgid(0, 0)\n")
     process = Process(*RUN, "--epochs", 99, "--save", "run", cwd=tmp_path,
-                      meddle=tmp_path / "meddle.py")  # fmt: skip
+                      meddle=tmp_path / "meddle.py")
     deadline = time.time() + 60
     while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -231,14 +231,14 @@ def test_a_signal_to_all_processes_ends_the_step(place, tmp_path, signum):
 
 def test_evaluation_measures_the_same_from_every_file(place, trained):
     accuracy, top5 = (re.search(rf"{name} (\S+) % after the last", trained)[1]
-                      for name in ("test accuracy", "top-5 accuracy"))  # fmt: skip
+                      for name in ("test accuracy", "top-5 accuracy"))
     weights = torch.load(place / "run/network.pt", weights_only=True)["model"]
     torch.save(weights, place / "plain.pt")
     for flags in (
         ["--weights", "run/network.pt", "--workers", 0], ["--resume", "run"],
         ["--weights", "plain.pt", "--arch", "ISTA_ImageNet", "--data", "images", "--image_size",
          "32"],
-    ):  # fmt: skip
+    ):
         stdout = run("train.py", "--evaluate", *flags, cwd=place).stdout
         assert f"test accuracy {accuracy} %" in stdout and f"top-5 accuracy {top5} %" in stdout
 
@@ -282,7 +282,7 @@ def test_answered_at_once(place, tmp_path, command, says):
     done = subprocess.run(
         [sys.executable, ROOT / command[0], *command[1:]], cwd=place, capture_output=True,
         text=True, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"{command[0]}: error: ") and says in done.stderr
 

@@ -5,12 +5,16 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ONE_STAGE, TINY, TRAIN, TWO_STAGE, assert_same_run, rows, run
+from scripts import ONE_STAGE, ROOT, TINY, TRAIN, TWO_STAGE, Process, assert_same_run, rows, run
 
+import data
 import genotypes
+import ista
+import model
 
 
 def next_commands(stdout):
@@ -43,7 +47,7 @@ def test_a_search_leaves_what_its_folder_should_hold(searched):
     folder, stdout = searched
     path = folder / "two"
     for name in ("config.json", "log.txt", "checkpoint.pt", "scripts/search.py", "cells.png",
-                 "search.png", "curves.png"):  # fmt: skip
+                 "search.png", "curves.png"):
         assert (path / name).exists(), name
     assert (path / "log.txt").read_text() == stdout
     config = json.loads((path / "config.json").read_text())
@@ -55,7 +59,7 @@ def test_a_search_leaves_what_its_folder_should_hold(searched):
     assert genotypes.as_lists(genotype)["normal"] == found[-1]["normal"]
     for a, b, row in zip(found, found[1:], metrics[1:], strict=False):
         new = [set(map(tuple, b[cell][i : i + 2])) - set(map(tuple, a[cell][i : i + 2]))
-               for cell in ("normal", "reduce") for i in range(0, 8, 2)]  # fmt: skip
+               for cell in ("normal", "reduce") for i in range(0, 8, 2)]
         assert row["changed"] == sum(map(len, new))
     assert all(0 <= row["valid_accuracy"] <= 100 for row in metrics)
     assert metrics[0]["learning_rate"] == 0.1, "the schedule starts at the full learning rate"
@@ -81,19 +85,68 @@ def test_the_same_seed_gives_the_same_search_and_another_another(searched, tmp_p
     assert rows(tmp_path / "other/metrics.jsonl")[0] != rows(folder / "two/metrics.jsonl")[0]
 
 
-@pytest.mark.parametrize("steps, recoveries", [(1, 6), (4, 1)])
-def test_recovery_every_few_steps(tmp_path, steps, recoveries):
-    run(*TWO_STAGE, "--epochs", 2, "--recover_every", steps, "--save", "r", cwd=tmp_path)
-    state = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
-    # 3 steps an epoch: with 4, the code was recovered before the last two steps of b.
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_a_search_that_recovers_every_few_steps_ends_with_a_recovery(tmp_path, steps):
+    flags = ["--epochs", 2, "--recover_every", steps, "--save", "r"]  # of 3 steps each
+    run(*TWO_STAGE, *flags, cwd=tmp_path)
     metrics = rows(tmp_path / "r/metrics.jsonl")
     assert ("distance" in metrics[0]) == (steps == 1) and "distance" in metrics[1]
-    assert state["epoch"] == 2
+    assert all(row["changed"] <= 16 for row in metrics), "counted against the epoch before"
+    state = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["net"]
+    for code in ("normal_code", "reduce_code"):
+        for j in range(4):
+            A, b, z = (state[f"{code}.{key}{j}"].double().numpy() for key in ("A", "b.", "z"))
+            assert np.allclose(z, ista.recover(A, b).z, atol=1e-6), "z is the code of b"
 
 
 def test_a_solver_that_does_not_converge_is_warned_of_once(tmp_path):
-    done = run(*TWO_STAGE, "--epochs", 1, "--solver", "ista", "--save", "s", cwd=tmp_path)
+    meddle = tmp_path / "meddle.py"
+    meddle.write_text(
+        f"import sys\nsys.path.append({str(ROOT)!r})\nimport ista\nista.MAX_ITER = 3\n"
+    )
+    done = Process(*TWO_STAGE, "--epochs", 3, "--solver", "ista", "--save", "s", cwd=tmp_path,
+                   meddle=meddle)
+    assert done.wait() == 0, done.stderr
     assert done.stdout.count("homotopy") == 1 and "warning" in done.stdout
+
+
+@pytest.mark.parametrize("flags, says", [
+    ([], True), (["--learning_rate", 0.1], False), (["--batch_size", 256], False),
+])
+def test_the_learning_rate_of_another_batch_is_said_once(tmp_path, flags, says):
+    done = run(*TWO_STAGE, *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
+    assert ("the linear rule gives --learning_rate 0.0938" in done.stdout) == says
+    assert done.stdout.count("linear rule") == says
+
+
+def test_restless_epochs_are_counted_over_a_resumption(tmp_path):
+    flags = ["--arch_learning_rate", 0.1]
+    run(*TWO_STAGE, *flags, "--epochs", 2, "--save", "r", cwd=tmp_path)
+    run("search.py", "--resume", "r", "--epochs", 4, cwd=tmp_path)
+    metrics = rows(tmp_path / "r/metrics.jsonl")
+    expected = 0
+    for row in metrics:
+        expected = expected + 1 if row["changed"] else 0
+        assert row["restless"] == expected
+    assert metrics[2]["restless"] > 1
+
+
+def test_distinct_edges_reach_the_genotype(tmp_path):
+    run(*TWO_STAGE, "--epochs", 2, "--distinct_edges", "--save", "d", cwd=tmp_path)
+    genotype, _ = genotypes.load(tmp_path / "d/genotype.json")
+    assert genotypes.has_distinct_edges(genotype)
+    record = json.loads((tmp_path / "d/genotype.json").read_text())
+    assert record["about"]["distinct_edges"] is True
+
+
+def test_a_trained_network_is_used_from_python(trained):
+    folder, stdout = trained
+    net, about = model.load(folder / "t/network.pt")
+    _, test = data.load("digits", None, about["image_size"])
+    logits, _ = net(data.normalize(test.images, about["mean"], about["std"]))
+    names = [about["classes"][k] for k in logits.argmax(1)]
+    right = sum(name == test.classes[k] for name, k in zip(names, test.labels, strict=True))
+    assert f"test accuracy {100 * right / len(test):.2f} %" in stdout
 
 
 def test_own_images_of_any_kind(tmp_path):
@@ -106,7 +159,7 @@ def test_own_images_of_any_kind(tmp_path):
                 image = Image.new("RGB", (20 + k, 31), tuple(v + k for v in colour)).convert(mode)
                 image.save(tmp_path / "my images" / part / name / f"{k}.png")
     flags = ["--dataset", "imagefolder", "--data", "my images", "--init_channels", "2",
-             "--layers", "2"]  # fmt: skip
+             "--layers", "2"]
     done = run("search.py", *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
     assert "--batch_size is 12" in done.stdout and "no normal cell" in done.stdout
     assert "resized" in done.stdout and "12 images train the weights" in done.stdout
@@ -130,7 +183,7 @@ def test_one_stage_search_ends_in_a_trained_network(one_stage):
     assert {row["drop_path_prob"] for row in searching} == {0.0}
     fixed = metrics[len(searching) :]
     assert [round(row["drop_path_prob"], 6) for row in fixed] == [0, round(0.2 / 3, 6),
-                                                                  round(0.4 / 3, 6)]  # fmt: skip
+                                                                  round(0.4 / 3, 6)]
     assert fixed[0]["learning_rate"] == 0.025 > fixed[1]["learning_rate"]
     frozen = [sum(row["frozen"]) for row in searching]
     assert frozen == sorted(frozen)
@@ -191,11 +244,11 @@ def test_a_search_goes_on_with_more_epochs(searched, tmp_path):
 def test_resuming_a_finished_run_restores_its_files(one_stage):
     folder, _ = one_stage
     path = folder / "one"
-    before = torch.load(path / "network.pt", weights_only=True)["model"]
+    before = torch.load(path / "network.pt", weights_only=True)["weights"]
     (path / "network.pt").unlink()
     (path / "genotype.json").unlink()
     done = run("search.py", "--resume", path / "checkpoint.pt", cwd=folder)
-    after = torch.load(path / "network.pt", weights_only=True)["model"]
+    after = torch.load(path / "network.pt", weights_only=True)["weights"]
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (path / "genotype.json").exists()
     assert next_commands(done.stdout)
@@ -222,17 +275,17 @@ def test_training_reports_size_and_cost(trained):
     best = max(row["test_accuracy"] for row in metrics)
     saved = torch.load(folder / "t/network-best.pt", weights_only=True)
     assert saved["about"]["test_accuracy"] == best == metrics[-1]["best_accuracy"]
-    assert any(key.startswith("auxiliary_head") for key in saved["model"])
+    assert any(key.startswith("auxiliary_head") for key in saved["weights"])
 
 
 @pytest.mark.parametrize("flags", [
     ["--weights", "t/network.pt"], ["--weights", "t/checkpoint.pt"], ["--resume", "t"],
     ["--resume", "t/checkpoint.pt"], ["--weights", "t/network.pt", "--arch", "ISTA_twostage"],
     ["--weights", "t/network.pt", "--no-auxiliary"],
-])  # fmt: skip
+])
 def test_evaluation_measures_the_same_from_every_file(trained, flags):
     folder, stdout = trained
-    accuracy = re.findall(r"test accuracy (\S+) % after the last", stdout)[0]
+    accuracy = re.findall(r"test accuracy (\S+) %, error", stdout)[0]
     before = sorted(folder.rglob("*"))
     done = run("train.py", "--evaluate", *flags, cwd=folder)
     assert f"test accuracy {accuracy} %" in done.stdout
@@ -241,8 +294,8 @@ def test_evaluation_measures_the_same_from_every_file(trained, flags):
 
 def test_a_plain_state_dict_needs_its_genotype(trained):
     folder, stdout = trained
-    accuracy = re.findall(r"test accuracy (\S+) % after the last", stdout)[0]
-    weights = torch.load(folder / "t/network.pt", weights_only=True)["model"]
+    accuracy = re.findall(r"test accuracy (\S+) %, error", stdout)[0]
+    weights = torch.load(folder / "t/network.pt", weights_only=True)["weights"]
     old = {f"module.{k}": v for k, v in weights.items() if "num_batches_tracked" not in k}
     torch.save({"state_dict": old, "epoch": 600}, folder / "darts.pt")
     flags = ["--evaluate", "--weights", "darts.pt", "--dataset", "digits", "--image_size", 8]
@@ -255,16 +308,17 @@ def test_a_plain_state_dict_needs_its_genotype(trained):
 
 def test_training_goes_on_from_weights_as_a_new_run(trained):
     folder, _ = trained
-    flags = ["--weights", "t/network.pt", "--epochs", 1, "--batch_size", 480, "--save", "more"]
-    run("train.py", *flags, cwd=folder)
+    flags = ["--weights", "t/network.pt", "--epochs", 1, "--batch_size", 480, "--no-cutout"]
+    run("train.py", *flags, "--save", "more", cwd=folder)
     assert len(rows(folder / "more/metrics.jsonl")) == 1
     state = torch.load(folder / "more/checkpoint.pt", weights_only=True)
-    assert state["network"]["C"] == 2 and state["network"]["layers"] == 3
+    assert state["config"]["C"] == 2 and state["config"]["layers"] == 3
 
 
 def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
     genotypes.save(tmp_path / "g.json", genotypes.draw(1), False)
-    flags = [*TINY, "--batch_size", 480, "--epochs", 1, "--arch", "g.json", "--save", "t"]
+    flags = [*TINY, "--no-cutout", "--batch_size", 480, "--epochs", 1, "--arch", "g.json",
+             "--save", "t"]
     run("train.py", *flags, cwd=tmp_path)
     genotypes.save(tmp_path / "g.json", genotypes.draw(2), False)
     run("train.py", "--resume", "t", "--epochs", 2, cwd=tmp_path)
@@ -275,8 +329,8 @@ def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
 
 def test_a_genotype_text_and_a_random_cell_can_be_trained(tmp_path):
     for arch in (str(genotypes.ISTA_onestage), "random:3"):
-        flags = [*TINY, "--batch_size", 480, "--epochs", 1, "--arch", arch, "--no-auxiliary"]
-        done = run("train.py", *flags, "--one_stage", cwd=tmp_path)
+        flags = [*TINY, "--no-cutout", "--batch_size", 480, "--epochs", 1, "--arch", arch]
+        done = run("train.py", *flags, "--no-auxiliary", "--one_stage", cwd=tmp_path)
         path = Path(tmp_path, re.search(r"new run in (\S+)", done.stdout)[1])
         assert genotypes.load(path / "genotype.json") == (genotypes.load(arch)[0], True)
 
@@ -284,7 +338,7 @@ def test_a_genotype_text_and_a_random_cell_can_be_trained(tmp_path):
 def test_a_one_stage_search_freezes_all_nodes_by_itself_and_learns(tmp_path):
     flags = [*TINY, "--init_channels", 6, "--batch_size", 32, "--arch_learning_rate", 0.02,
              "--learning_rate", 0.05, "--freeze_tol", 0.1, "--no-cutout", "--drop_path_prob", 0,
-             "--epochs", 6]  # fmt: skip
+             "--epochs", 6]
     done = run("search.py", "--one_stage", *flags, "--save", "one", cwd=tmp_path)
     searching = [row for row in rows(tmp_path / "one/metrics.jsonl") if "frozen" in row]
     assert "warning" not in done.stdout and len(searching) < 100

@@ -30,7 +30,8 @@ def random_genotype(seed, each):
     rng = random.Random(seed)
 
     def cell():
-        edges = [[(op, s) for s in range(node) for op in genotypes.PRIMITIVES] for node in range(2, 2 + NODES)]
+        nodes = range(2, 2 + NODES)
+        edges = [[(op, s) for s in range(node) for op in genotypes.PRIMITIVES] for node in nodes]
         return [pair for pairs in edges for pair in rng.sample(pairs, each)]
 
     concat = sorted(rng.sample(range(2, 2 + NODES), rng.randint(1, NODES)))
@@ -153,8 +154,9 @@ def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **
     return str(path)
 
 
-@pytest.mark.parametrize("kind, epochs", [("two", 1), ("two", 50), ("one", 4), ("one", 5), ("one", 12),
-                                          ("old", 12)])
+@pytest.mark.parametrize("kind, epochs", [
+    ("two", 1), ("two", 50), ("one", 4), ("one", 5), ("one", 12), ("old", 12),
+])
 def test_search_figure(tmp_path, kind, epochs):
     run = visualize.read_run(make_run(tmp_path / "run", kind, epochs, weights=epochs != 4))
     kind = "one" if kind == "old" else kind
