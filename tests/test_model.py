@@ -80,6 +80,9 @@ def test_a_network_is_built_again_from_its_config():
     assert shape == {key: net.config[key] for key in shape}
 
 
+ARGS = dict(dataset="digits", data="data", image_size=32)
+
+
 @pytest.mark.parametrize("network, C", [(NetworkCIFAR, 4), (NetworkImageNet, 8)])
 def test_load_builds_the_network_of_a_file(tmp_path, network, C):
     net = network(C, 3, 3, True, genotypes.draw(2), one_stage=True)
@@ -88,7 +91,8 @@ def test_load_builds_the_network_of_a_file(tmp_path, network, C):
     path = str(tmp_path / "network.pt")
     about = dict(classes=["cat", "dog", "owl"], mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0],
                  image_size=64)
-    checkpoints.save(path, dict(config=net.config, weights=net.state_dict(), args={}, about=about))
+    state = dict(config=net.config, weights=net.state_dict(), args=ARGS, about=about)
+    checkpoints.save(path, state)
     again, known = model.load(path)
     assert type(again) is network and known == about and not again.training
     with torch.no_grad():
@@ -103,7 +107,7 @@ def test_load_refuses_what_is_not_a_network(tmp_path):
     with pytest.raises(UserError, match="genotype"):
         model.load(path)
     weights = {k: v for k, v in net.state_dict().items() if k != "classifier.bias"}
-    checkpoints.save(path, dict(config=net.config, weights=weights, args={}))
+    checkpoints.save(path, dict(config=net.config, weights=weights, args=ARGS))
     with pytest.raises(UserError, match=r"network\.pt .*classifier\.bias"):
         model.load(path)
     for content in (b"", b"text"):
