@@ -122,17 +122,19 @@ def from_rank_zero(codes):
     return [[next(parts) for _ in zs] for zs in codes]
 
 
-def data_parallel(net, parameters):
+def data_parallel(net, parameters, static=False):
     """The network, to be called such that backward passes average gradients over the ranks.
 
     A supernet runs other operations after each recovery, so DistributedDataParallel looks anew in
-    every pass for the parameters that it reaches.
+    every pass for the parameters that it reaches, unless the network is `static`.
 
     Parameters
     ----------
     net : nn.Module
     parameters : list of nn.Parameter
         Those to average; they may train or not from one pass to the next.
+    static : bool
+        Whether every pass reaches the same ones.
 
     Returns
     -------
@@ -150,7 +152,8 @@ def data_parallel(net, parameters):
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers got another name in 2.14
         # All ranks have the same weights, and BatchNorms are averaged once an epoch.
         wrapped = DistributedDataParallel(
-            net, init_sync=False, broadcast_buffers=False, find_unused_parameters=True
+            net, init_sync=False, broadcast_buffers=False, static_graph=static,
+            find_unused_parameters=not static,
         )
     for p, flag in trained.items():
         p.requires_grad_(flag)

@@ -84,7 +84,7 @@ def main(args):
     else:
         report(run, net.recover(args.solver)._asdict())
     run.begin(device, columns(args))
-    parallel = distributed.data_parallel(net, net.weight_parameters())
+    parallel = distributed.data_parallel(net, net.weight_parameters(), static=all(net.frozen))
 
     while schedule_start is None or epoch < schedule_start + args.epochs:
         name, learning_rate, net.drop_path_prob = schedule(args, epoch, schedule_start)
@@ -116,7 +116,7 @@ def main(args):
         announce(run, before, net.genotype(), row)
         if args.one_stage and schedule_start == epoch:
             settle(run, net, weight_optimizer)
-            parallel = distributed.data_parallel(net, net.weight_parameters())
+            parallel = distributed.data_parallel(net, net.weight_parameters(), static=True)
         save(run, net, generator, row, schedule_start, weight_optimizer, arch_optimizer)
     finish(run, net, weight_images, held_out_batches, row)
 

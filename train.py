@@ -91,7 +91,7 @@ def main(args):
     run.log(f"genotype = {genotype}")
     run.begin(device, columns(top5))
     run.save_genotype(genotype, config["one_stage"], arch=args.arch)
-    parallel = distributed.data_parallel(net, [*net.parameters()])
+    parallel = distributed.data_parallel(net, [*net.parameters()], static=True)
 
     while epoch < args.epochs:
         learning_rate = scheduled(epoch, args)
@@ -116,7 +116,8 @@ def main(args):
         )
 
     measured = utils.evaluate(net, test_batches, args.amp, top5)
-    run.save_network("network.pt", net, train, epoch=epoch, test_accuracy=measured[1])
+    about = utils.named(measured, "test")
+    run.save_network("network.pt", net, train, epoch=epoch, **about)
     run.draw(visualize.draw_run)
     run.log(f"{told(measured)} after the last epoch (network.pt); test accuracy {best:.2f} % in "
             "the best one (network-best.pt)")

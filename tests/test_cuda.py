@@ -63,7 +63,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(utils.Meter, "read", lambda meter: (0.0, 0.0))  # once an epoch: a host sync
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     yield FakeTensorMode()
-    for cached in (data._scale_and_bias, data._positions):  # they hold fake tensors now
+    for cached in (data._scale_and_bias, data._axis):  # they hold fake tensors now
         cached.cache_clear()
 
 
