@@ -599,7 +599,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), d
         ({"train/blue/1.png": GOOD_PNG[:-30]}, None, r"train/blue/1.png cannot be read"),
         ({"train/blue/1.jpg": encoded(NOISE, "jpeg")[:-900]}, None,
          r"train/blue/1.jpg cannot be read.*truncated"),
-        ({"train/blue/a\nb.png": b"no"}, None, r"train/blue/a\nb.png cannot be read"),
+        ({"train/blue/a\nb.png": b"no"}, None, r"train/blue/a b.png cannot be read"),
         ({"train/blue/1.tif": grey16(70000, np.int32)}, None, r"blue/1.tif .*32-bit"),
         ({"train/blue/1.tif": grey16(0.5, np.float32)}, None, r"blue/1.tif .*floating"),
     ],

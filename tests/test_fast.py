@@ -300,7 +300,7 @@ def test_one_stage(seed):
 
 def test_supernet_for_imagenet():
     net = supernet(3, one_stage=True, auxiliary=True, imagenet=True)
-    compare(net, *batch(2, size=64))
+    compare(net, *batch(6, size=64))
 
 
 @pytest.mark.parametrize("name, size", [("ISTA_twostage", 16), ("ISTA_onestage", 16),

@@ -166,6 +166,16 @@ def test_graphs_end_with_the_values_of_the_same_steps(whole, tmp_path, loop, bef
         assert_same(*(state(place / "run/checkpoint.pt")["net"] for place in (folder, tmp_path)))
 
 
+def test_graphs_with_drop_path(tmp_path):
+    """So rare that it drops nothing whatever is drawn: then graphs and eager steps agree."""
+    for name, flags in (("eager", []), ("graphs", ["--cuda_graphs"])):
+        rare = ["--drop_path_prob", 1e-9, "--batch_size", 320, "--epochs", 3]
+        run(*TRAIN, *rare, *flags, "--save", name, cwd=tmp_path, launcher=GPU)
+    assert rows(tmp_path / "eager/metrics.jsonl") == rows(tmp_path / "graphs/metrics.jsonl")
+    assert_same(*(state(tmp_path / name / "checkpoint.pt")["weights"]
+                  for name in ("eager", "graphs")))
+
+
 @pytest.mark.parametrize("command", [TWO_STAGE, TRAIN])
 def test_bfloat16(tmp_path, command):
     run(*command, "--epochs", 1, "--amp", "--save", "run", cwd=tmp_path, launcher=GPU)
