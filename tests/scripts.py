@@ -1,22 +1,37 @@
-"""Run the scripts as a person does: as processes of their own."""
+"""Run the scripts as a person does: their `main` in this process, or in one of its own."""
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import runs
+import search
+import train
+import visualize
+
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"search.py": search, "train.py": train}
 CUDA_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = {**CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 
-# Handwritten digits at 8×8 pixels and the smallest networks: an epoch takes about a second.
+# Runs in this process are to equal those in others to the bit.
+os.environ.update(ENVIRONMENT)
+torch.set_num_threads(1)
+
+# Handwritten digits at 8×8 pixels and the smallest networks: an epoch takes 0.2 s.
 TINY = ["--dataset", "digits", "--image_size", "8", "--init_channels", "2", "--layers", "3"]
 TWO_STAGE = ["search.py", *TINY, "--batch_size", "240", "--arch_learning_rate", "0.02"]
 ONE_STAGE = [
@@ -31,18 +46,20 @@ class Process:
 
     Parameters
     ----------
-    script : str
+    script : str or path
     *flags
     cwd : path
     meddle : path, optional
         Of a file that is run first, to change the libraries.
     launcher : tuple of str
         A command that runs commands, for a process that is to have a CUDA device.
+    pictures : bool
+        Whether it draws any: they take longer than a tiny run.
     """
 
     _zygotes = {}
 
-    def __init__(self, script, *flags, cwd, meddle=None, launcher=()):
+    def __init__(self, script, *flags, cwd, meddle=None, launcher=(), pictures=False):
         self.launcher = launcher
         if launcher not in Process._zygotes:
             Process._zygotes[launcher] = subprocess.Popen(
@@ -54,6 +71,7 @@ class Process:
         self.pid = self._ask(
             argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd),
             meddle=meddle and str(meddle), output=[file.name for file in self.output],
+            pictures=pictures,
         )
 
     def _ask(self, **job):
@@ -72,17 +90,53 @@ class Process:
         return self.status
 
 
-def run(script, *flags, cwd, status=0, launcher=()):
-    """Run a script to its end, and check its exit status.
+class Done(NamedTuple):
+    """What a script that has ended left."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run(script, *flags, cwd, status=0, pictures=False, launcher=()):
+    """Run a script to its end, in this process where it can be, and check its exit status.
 
     Returns
     -------
-    Process
-        With stdout and stderr as text.
+    Done
     """
-    done = Process(script, *flags, cwd=cwd, launcher=launcher)
-    assert done.wait() == status, done.stdout + done.stderr
+    if launcher or script not in SCRIPTS:
+        process = Process(script, *flags, cwd=cwd, launcher=launcher, pictures=pictures)
+        done = Done(process.wait(), process.stdout, process.stderr)
+    else:
+        done = _run_here(script, [*map(str, flags)], cwd, pictures)
+    assert done.status == status, done.stdout + done.stderr
     return done
+
+
+def _run_here(script, flags, cwd, pictures):
+    out, err, status, folder = io.StringIO(), io.StringIO(), 0, os.getcwd()
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
+        stack.enter_context(mock.patch.object(runs.Run, "latest", None))
+        if not pictures:
+            stack.enter_context(mock.patch.object(visualize, "draw_run", lambda path: []))
+            stack.enter_context(mock.patch.object(visualize, "cells_figure"))
+            stack.enter_context(mock.patch.object(runs.Run, "show_figure"))
+        os.chdir(cwd)
+        try:
+            with runs.command(script):
+                SCRIPTS[script].main(SCRIPTS[script].get_args_parser().parse_args(flags))
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os.chdir(folder)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def rows(path):

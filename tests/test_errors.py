@@ -258,9 +258,7 @@ def test_answered_before_anything_is_written(place, case):
         pytest.importorskip("mosek")
     (prog, *flags), says = case
     before = snapshot(place)
-    done = Process(prog, *flags, cwd=place)
-    status = done.wait()
-    check(prog, status, done.stderr, says)
+    check(prog, 2, run(prog, *flags, cwd=place, status=2).stderr, says)
     assert snapshot(place) == before
 
 

@@ -116,7 +116,7 @@ def test_an_operation_can_be_added_as_the_readme_says(tmp_path):
         (tmp_path / file).write_text(source.replace(at, text + at))
     flags = [*TINY, "--batch_size", 480, "--epochs", 1]
     many = ["--sparseness", 16, "--proj_dims", 20]
-    run(tmp_path / "search.py", *flags, *many, "--save", "s", cwd=tmp_path)
+    run(tmp_path / "search.py", *flags, *many, "--save", "s", cwd=tmp_path, pictures=True)
     found = json.loads((tmp_path / "s/genotype.json").read_text())
     # Node 0 has 8 operations on 2 edges, and keeps all 16.
     assert ["conv_3x3", 0] in found["normal"] and (tmp_path / "s/cells.png").exists()

@@ -26,7 +26,7 @@ def next_commands(stdout):
 def searched(tmp_path_factory):
     """A finished two-stage search of 4 epochs: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
-    done = run(*TWO_STAGE, "--epochs", 4, "--save", "two", cwd=folder)
+    done = run(*TWO_STAGE, "--epochs", 4, "--save", "two", cwd=folder, pictures=True)
     return folder, done.stdout
 
 

@@ -8,6 +8,7 @@ Reads a JSON object a line from standard input: a job to start, answered with it
 process id to wait for, answered with its exit status.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -15,13 +16,12 @@ import sys
 import traceback
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import sklearn.datasets  # noqa: F401
-import torch._dynamo  # noqa: F401  which optimizers import when they are made
-import torch.utils.flop_counter  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
-import torchvision.datasets  # noqa: F401
+for library in (
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "sklearn.datasets",
+    "torch._dynamo",  # which optimizers import when they are made
+    "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets", "tqdm",
+):
+    importlib.import_module(library)
 
 
 def start(job):
@@ -38,6 +38,8 @@ def start(job):
         sys.path[0] = str(Path(sys.argv[0]).parent)
         if job["meddle"]:  # a file that changes the libraries, to provoke a failure
             runpy.run_path(job["meddle"])
+        if not job["pictures"]:
+            draw_nothing()
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as error:
@@ -48,6 +50,12 @@ def start(job):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def draw_nothing():
+    runs, visualize = map(importlib.import_module, ("runs", "visualize"))
+    visualize.draw_run = lambda path: []
+    visualize.cells_figure = runs.Run.show_figure = lambda *args: None
 
 
 for line in sys.stdin:
