@@ -69,7 +69,7 @@ def read_run(path):
     with contextlib.suppress(OSError, ValueError, TypeError), open(files[1]) as file:
         config = dict(json.load(file))
     for row in rows:
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             weights = {cell: row.get(f"{cell}_weights") for cell in CELLS}
             history.append(Choice(row["epoch"], genotypes.from_lists(row), weights))
     if history:
@@ -77,7 +77,7 @@ def read_run(path):
     elif rows:
         raise UserError(f"{files[2]}: damaged, no row holds a genotype")
     elif os.path.exists(files[3]):
-        genotype = _genotype(files[3])
+        genotype, _ = genotypes.load(files[3])
     # Rows of older runs have no phase; those of the search have the distances of its codes.
     searching = [row for row in metrics if row.get("phase") == "search"]
     searching = searching or [row for row in metrics if row.get("distance")]
@@ -89,14 +89,6 @@ def read_run(path):
             end = last["epoch"]
     name = os.path.basename(os.path.abspath(path))
     return Record(path, name, config, metrics, history, genotype, search, one_stage, end)
-
-
-def _genotype(spec):
-    """The Genotype of a name, a file or a text; UserError where it is none."""
-    try:
-        return genotypes.load(spec)[0]
-    except ValueError as error:
-        raise UserError(error) from None
 
 
 def _rows(path):
@@ -404,7 +396,7 @@ def main(args):
                 or spec.startswith("random:")):
             raise UserError(f"{spec}: there is no such run folder or file, and no genotype has "
                             f"that name ({', '.join(genotypes.NAMED)}, random:SEED)")
-        genotype = _genotype(spec)
+        genotype, _ = genotypes.load(spec)
         title = None if "(" in spec else os.path.basename(spec)
         name = "cells" if title in (None, "genotype.json") else title.removesuffix(".json")
         folder = os.path.dirname(spec) if os.path.isfile(spec) else ""
