@@ -83,10 +83,11 @@ def command(prog):
                            "--batch_size, --init_channels or --image_size")
         if not distributed.is_loss(error):
             raise
-        hint = Run.latest.how_to_resume() if Run.latest else "see what it says, and start again"
         reason = str(error).splitlines()[0]
-        print(f"{prog}: error: another rank of this run has ended; {hint} ({reason})",
-              file=sys.stderr)
+        if not Run.latest:  # the rank that ended has said why
+            arguments.fail(prog, f"another rank of this run has ended: start again ({reason})")
+        print(f"{prog}: error: another rank of this run has ended; "
+              f"{Run.latest.how_to_resume()} ({reason})", file=sys.stderr)
         sys.exit(2)
 
 

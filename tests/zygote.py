@@ -8,6 +8,7 @@ Reads a JSON object a line from standard input: a job to start, answered with it
 process id to wait for, answered with its exit status.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -15,13 +16,17 @@ import sys
 import traceback
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import sklearn.datasets  # noqa: F401
-import torch._dynamo  # noqa: F401  which optimizers import when they are made
-import torch.utils.flop_counter  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
-import torchvision.datasets  # noqa: F401
+LIBRARIES = [
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "sklearn.datasets",
+    "torch._dynamo",  # which optimizers import when they are made
+    "torch.utils.flop_counter",
+    "torch.utils.tensorboard",
+    "torchvision.datasets",
+]
+for library in LIBRARIES:
+    importlib.import_module(library)
 
 
 def start(job):
