@@ -181,7 +181,7 @@ def _clip_outliers(axes):
             for i, (y, x, colour) in enumerate(points[:k]):
                 place = dict(y=0.95 - 0.09 * i, transform=axes.get_xaxis_transform())
                 left = x > fmean(axes.get_xlim())  # half of the axis; then there is room there
-                axes.plot(x, place["y"], "^", color=colour, markersize=4, gid="outlier",
+                axes.plot(x, place["y"], "^", color=colour, markersize=4, zorder=5, gid="outlier",
                           transform=place["transform"])
                 axes.text(x, s=f"   {y:.3g}   ", va="center", ha="right" if left else "left",
                           bbox=dict(facecolor="white", edgecolor="none", pad=0), zorder=4, **place)
