@@ -15,36 +15,28 @@ import checkpoints
 from cells import INNER, MARGIN, NAMES, OPERATIONS, OUTER, OUTPUT
 from genotypes import NODES, PRIMITIVES
 from model_search import SparseCode
-from utils import UserError
 
 EXAMPLE = 33  # seed of the code that is drawn without a run
 
 
 def code_of(run_dir=None):
-    """The SparseCode of a search's normal cells, recovered from its checkpoint; else a random one.
+    """The SparseCode of a search's normal cells, as its checkpoint has it; else a random one.
 
-    That is as a search begins with it, except that b, initially of length 1e-3, is 1000 times as
-    long. UserError where there is no whole checkpoint of a search.
+    That is as a search begins with it, but that b is 1000 times as long. UserError where there is
+    no whole checkpoint of a search.
     """
     if run_dir is None:
         torch.manual_seed(EXAMPLE)
         code = SparseCode()
-        A, b = code.A, [1000 * b for b in code.b]
-    else:
-        path = os.path.join(run_dir, "checkpoint.pt")
-        checkpoint = checkpoints.load(path)
-        if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "search":
-            raise UserError(f"{path} is not of a search, so it has no codes")
-        args, state = checkpoint["args"], checkpoint["net"]
-        code = SparseCode(args["proj_dims"], args["sparseness"], args["lam"])
-        A, b = ([state[f"normal_code.{name}{j}"] for j in range(NODES)] for name in ("A", "b."))
-        if A[0].shape != code.A[0].shape:
-            raise UserError(f"{path}: the search had other operations than this checkout")
-    with torch.no_grad():
-        for j in range(NODES):
-            code.A[j].copy_(A[j])
-            code.b[j].copy_(b[j])
-    code.recover()
+        with torch.no_grad():
+            for b in code.b:
+                b.mul_(1000)
+        code.recover()
+        return code
+    checkpoint = checkpoints.load_run(os.path.join(run_dir, "checkpoint.pt"), "search")
+    args, state, prefix = checkpoint["args"], checkpoint["net"], "normal_code."
+    code = SparseCode(args["proj_dims"], args["sparseness"], args["lam"])
+    code.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if prefix in k})
     return code
 
 

@@ -172,7 +172,7 @@ def separable(x, depthwise, pointwise, norm, w=None):
     return _Separable.apply(
         x, depthwise.weight, pointwise.weight, *norm.scale_and_shift(w),
         norm, depthwise.stride[0], depthwise.dilation[0],
-    )  # fmt: skip
+    )
 
 
 class _Separable(torch.autograd.Function):
@@ -249,7 +249,7 @@ class _BatchNorm(torch.autograd.Function):
         x, scale, mean, invstd = ctx.saved_tensors
         return *_batch_norm_gradients(
             _channels_last(g), x, scale, mean, invstd, ctx.eps, ctx.needs_input_grad[1:3]
-        ), None  # fmt: skip
+        ), None
 
 
 def _contended(x):
@@ -274,7 +274,7 @@ def _batch_norm(x, scale, shift, norm):
     torch.ops.aten.native_batch_norm.out(
         wide, None, None, None, None, True, 0, norm.eps,
         out=unused, save_mean=means, save_invstd=invstds,
-    )  # fmt: skip
+    )
     means, variances = means.view(-1, C), invstds.view(-1, C).pow(-2)  # variance + ε
     mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
     n = B * H * W
@@ -420,7 +420,7 @@ def _undilated_gradients(g, x, weight, stride, padding, wanted):
     return torch.ops.aten.convolution_backward(
         g, x, weight, None, (stride, stride), padding, (1, 1), False, (0, 0), len(weight),
         (*wanted, False),
-    )  # fmt: skip
+    )
 
 
 def _quarters(x):

@@ -69,7 +69,7 @@ def read_run(path):
     with contextlib.suppress(OSError, ValueError, TypeError), open(files[1]) as file:
         config = dict(json.load(file))
     for row in rows:
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             weights = {cell: row.get(f"{cell}_weights") for cell in CELLS}
             history.append(Choice(row["epoch"], genotypes.from_lists(row), weights))
     if history:
@@ -77,7 +77,7 @@ def read_run(path):
     elif rows:
         raise UserError(f"{files[2]}: damaged, no row holds a genotype")
     elif os.path.exists(files[3]):
-        genotype = _genotype(files[3])
+        genotype, _ = genotypes.load(files[3])
     # Rows of older runs have no phase; those of the search have the distances of its codes.
     searching = [row for row in metrics if row.get("phase") == "search"]
     searching = searching or [row for row in metrics if row.get("distance")]
@@ -89,14 +89,6 @@ def read_run(path):
             end = last["epoch"]
     name = os.path.basename(os.path.abspath(path))
     return Record(path, name, config, metrics, history, genotype, search, one_stage, end)
-
-
-def _genotype(spec):
-    """The Genotype of a name, a file or a text; UserError where it is none."""
-    try:
-        return genotypes.load(spec)[0]
-    except ValueError as error:
-        raise UserError(error) from None
 
 
 def _rows(path):
@@ -189,7 +181,7 @@ def _clip_outliers(axes):
             for i, (y, x, colour) in enumerate(points[:k]):
                 place = dict(y=0.95 - 0.09 * i, transform=axes.get_xaxis_transform())
                 left = x > fmean(axes.get_xlim())  # half of the axis; then there is room there
-                axes.plot(x, place["y"], "^", color=colour, markersize=4, gid="outlier",
+                axes.plot(x, place["y"], "^", color=colour, markersize=4, zorder=5, gid="outlier",
                           transform=place["transform"])
                 axes.text(x, s=f"   {y:.3g}   ", va="center", ha="right" if left else "left",
                           bbox=dict(facecolor="white", edgecolor="none", pad=0), zorder=4, **place)
@@ -404,7 +396,7 @@ def main(args):
                 or spec.startswith("random:")):
             raise UserError(f"{spec}: there is no such run folder or file, and no genotype has "
                             f"that name ({', '.join(genotypes.NAMED)}, random:SEED)")
-        genotype = _genotype(spec)
+        genotype, _ = genotypes.load(spec)
         title = None if "(" in spec else os.path.basename(spec)
         name = "cells" if title in (None, "genotype.json") else title.removesuffix(".json")
         folder = os.path.dirname(spec) if os.path.isfile(spec) else ""

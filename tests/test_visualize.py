@@ -4,8 +4,7 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.path import Path
 from matplotlib.text import Text
+from scripts import TWO_STAGE, run
 
 import cells
 import explain
@@ -21,8 +21,7 @@ import genotypes
 import visualize
 from genotypes import NODES
 from model_search import SparseCode
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from utils import UserError
 
 
 def random_genotype(seed, each):
@@ -132,7 +131,7 @@ def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **
         row = dict(epoch=epoch, learning_rate=0.1 / epoch, drop_path_prob=0.02 * (kind != "two"))
         for part in ("train", held_out):
             row |= {f"{part}_loss": 3 / epoch, f"{part}_accuracy": accuracy - epochs + epoch}
-        if kind == "two" or (one and epoch <= 5):
+        if kind in ("two", "one") or (kind == "old" and epoch <= 5):
             row["frozen"] = [one and epoch >= 2 + k // 2 for k in range(2 * NODES)]
             row["distance"] = [0.5 / 4**epoch * (not one or epoch <= 2 + k // 2)
                                for k in range(2 * NODES)]
@@ -288,8 +287,7 @@ def test_rows_without_distances_and_nan_losses(tmp_path):
     assert [os.path.basename(p) for p in visualize.draw_run(path)] == ["search.png", "curves.png"]
 
 
-def test_table_and_mean_over_seeds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_table_and_mean_over_seeds(tmp_path, script):
     for k in range(3):
         make_run(tmp_path / f"seed{k}", "train", 4, seed=k, accuracy=97 + k / 10, batch_size=96)
     make_run(tmp_path / "other", "train", 4, seed=3, batch_size=64)
@@ -306,9 +304,9 @@ def test_table_and_mean_over_seeds(tmp_path, monkeypatch):
     assert "mean ± std of 3 seeds" in lines[4] and lines[4].count("97.10 ± 0.10") == 2
     assert "2/4" in lines[6] and lines[7].startswith("search") and "validation" in lines[7]
     assert len(lines[7].split()[2]) == 7  # the hash of a genotype without a name
-    assert script(*names, cwd=tmp_path) == [*lines, "seed0/compare.png"]
+    assert script(*names) == [*lines, "seed0/compare.png"]
     assert (tmp_path / "seed0/compare.png").exists() and not (tmp_path / "compare.png").exists()
-    assert script(*names, "-o", "here.png", cwd=tmp_path)[-1] == "here.png"
+    assert script(*names, "-o", "here.png")[-1] == "here.png"
     figure = visualize.compare_figure(runs)
     check_texts(figure)
     assert len(figure.legends[0].get_texts()) == 4
@@ -316,16 +314,18 @@ def test_table_and_mean_over_seeds(tmp_path, monkeypatch):
     assert panels == {"test accuracy (%)": 5, "validation accuracy (%)": 1}
 
 
-def script(*argv, cwd, code=0):
-    command = [sys.executable, os.path.join(ROOT, "visualize.py"), *map(str, argv)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    if code:
-        assert result.stdout == ""
-        assert result.stderr.startswith("visualize.py: error: ") and result.stderr.count("\n") == 1
-        return result.stderr
-    assert result.stderr == ""
-    return result.stdout.split("\n")[:-1]
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs main in the temporary folder; gives the lines that it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_main(*argv):
+        visualize.main(visualize.get_args_parser().parse_args([str(arg) for arg in argv]))
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out.split("\n")[:-1]
+
+    return run_main
 
 
 def random_code(seed, **setting):
@@ -361,30 +361,29 @@ def test_method_figure(setting):
         assert filled == {f"label {k}" for k in range(len(kept))}
 
 
-def test_method_of_a_run_is_that_of_its_checkpoint(tmp_path):
-    code = random_code(3, proj_dims=5, sparseness=3, lam=1e-4)
-    setting = dict(proj_dims=5, sparseness=3, lam=1e-4)
-    state = {f"normal_code.{key}": value for key, value in code.state_dict().items()}
-    (tmp_path / "run").mkdir()
-    checkpoint = dict(kind="search", args=setting, net=state)
-    torch.save(checkpoint, tmp_path / "run/checkpoint.pt")
-    read = explain.code_of(tmp_path / "run")
-    assert read.support == code.support
-    for name in ("A", "b", "z"):
-        for ours, theirs in zip(getattr(read, name), getattr(code, name), strict=True):
-            torch.testing.assert_close(ours, theirs)
-    assert script("--method", "run", cwd=tmp_path) == ["run/method.png"]
-    assert script("--method", cwd=tmp_path) == ["method.png"]
-    torch.save({**checkpoint, "kind": "train"}, tmp_path / "run/checkpoint.pt")
-    assert "not of a search" in script("--method", "run", cwd=tmp_path, code=2)
+def test_method_of_a_run_is_that_of_its_checkpoint(tmp_path, script):
+    flags = ["--proj_dims", 5, "--lam", 1e-4, "--distinct_edges", "--epochs", 1]
+    run(*TWO_STAGE, *flags, "--save", "run", cwd=tmp_path)
+    code = explain.code_of("run")
+    genotype, _ = genotypes.load("run")
+    pairs = [(genotypes.PRIMITIVES[op], edge) for node in code.support for edge, op in node]
+    assert pairs == genotype.normal and len(code.b[0]) == 5
+    state = torch.load("run/checkpoint.pt", weights_only=True)["net"]
+    for name in ("A0", "b.0", "z0"):
+        torch.testing.assert_close(code.state_dict()[name], state[f"normal_code.{name}"])
+    [row] = (json.loads(line) for line in open("run/genotypes.jsonl"))
+    weights = code.weights().flatten()
+    assert weights[weights != 0].tolist() == pytest.approx(row["normal_weights"])
+    assert script("--method", "run") == ["run/method.png"]
+    assert script("--method") == ["method.png"]
 
 
-def test_script_draws_genotypes(tmp_path):
+def test_script_draws_genotypes(tmp_path, script):
     run = make_run(tmp_path / "run", "train", 1)
-    assert script("random:3", "--stacked", cwd=tmp_path) == ["random-3.png"]
-    assert script(f"{run}/genotype.json", cwd=tmp_path) == [f"{run}/cells.png"]
+    assert script("random:3", "--stacked") == ["random-3.png"]
+    assert script(f"{run}/genotype.json") == [f"{run}/cells.png"]
     for name, magic in (("a.svg", b"<?xml"), ("b.pdf", b"%PDF")):
-        assert script(f"g = {genotypes.ISTA_twostage}", "-o", name, cwd=tmp_path) == [name]
+        assert script(f"g = {genotypes.ISTA_twostage}", "-o", name) == [name]
         assert (tmp_path / name).read_bytes().startswith(magic)
 
 
@@ -405,7 +404,7 @@ def test_script_draws_genotypes(tmp_path):
         (["broken", "broken"], "no row holds a genotype"),
     ],
 )
-def test_errors_are_one_line(tmp_path, argv, message):
+def test_what_cannot_be_drawn_is_said(tmp_path, script, argv, message):
     for name in ("empty", "begun"):
         (tmp_path / name).mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
@@ -414,5 +413,12 @@ def test_errors_are_one_line(tmp_path, argv, message):
     (tmp_path / "broken" / "genotypes.jsonl").write_text('{"epoch": 1, "normal": []}\n')
     genotypes.save(tmp_path / "good.json", genotypes.ISTA_twostage, False)
     good = (tmp_path / "good.json").read_bytes()
-    assert message in script(*argv, cwd=tmp_path, code=2)
+    with pytest.raises(UserError, match=re.escape(message)):
+        script(*argv)
     assert (tmp_path / "good.json").read_bytes() == good
+
+
+def test_an_error_is_one_line_and_exit_status_2(tmp_path):
+    error = run("visualize.py", "runs/TYPO", cwd=tmp_path, status=2)
+    assert error.stdout == "" and error.stderr.count("\n") == 1
+    assert error.stderr.startswith("visualize.py: error: runs/TYPO: there is no such run folder")

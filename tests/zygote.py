@@ -16,11 +16,16 @@ import sys
 import traceback
 from pathlib import Path
 
-for library in (
-    "matplotlib.backends.backend_agg", "matplotlib.figure", "sklearn.datasets",
+LIBRARIES = [
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "sklearn.datasets",
     "torch._dynamo",  # which optimizers import when they are made
-    "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets", "tqdm",
-):
+    "torch.utils.flop_counter",
+    "torch.utils.tensorboard",
+    "torchvision.datasets",
+]
+for library in LIBRARIES:
     importlib.import_module(library)
 
 
