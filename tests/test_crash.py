@@ -26,21 +26,22 @@ def whole(tmp_path_factory):
         if loop not in made:
             folder = tmp_path_factory.mktemp("whole")
             Process("search.py", "--help", cwd=folder).wait()  # what starts once is not counted
-            began = time.time()
-            run(*LOOPS[loop], "--save", "run", cwd=folder)
-            made[loop] = folder / "run", time.time() - began
+            began = time.monotonic()
+            process = start_or_resume(loop, folder)
+            assert process.wait() == 0, process.stderr
+            made[loop] = folder / "run", time.monotonic() - began
         return made[loop]
 
     return make
 
 
-def start_or_resume(loop, place):
+def start_or_resume(loop, place, meddle=None):
     script, *flags = LOOPS[loop]
     if (place / "run/checkpoint.pt").exists():
         return Process(script, "--resume", "run", cwd=place)
     if (place / "run").exists():  # killed in its first epoch: there is nothing to go on from
-        (place / "run").rename(place / f"given up {time.time()}")
-    return Process(script, *flags, "--save", "run", cwd=place)
+        (place / "run").rename(place / f"given up {time.monotonic()}")
+    return Process(script, *flags, "--save", "run", cwd=place, meddle=meddle)
 
 
 def kill_and_resume(loop, place, seconds, kills, rng):
@@ -59,10 +60,28 @@ def kill_and_resume(loop, place, seconds, kills, rng):
     return killed
 
 
+# The third epoch of two-stage search and of training, and the second or third of one-stage search.
+IN_A_STEP = """
+import os, signal
+import torch.nn.functional as F
+whole, calls = F.cross_entropy, []
+def cross_entropy(*args, **options):
+    calls.append(1)
+    if len(calls) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args, **options)
+F.cross_entropy = cross_entropy
+"""
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_kill_costs_nothing_but_time(whole, tmp_path, loop):
-    path, seconds = whole(loop)
-    assert kill_and_resume(loop, tmp_path, seconds, 1, random.Random(loop)) == 1
+    path, _ = whole(loop)
+    (tmp_path / "meddle.py").write_text(IN_A_STEP)
+    process = start_or_resume(loop, tmp_path, tmp_path / "meddle.py")
+    assert process.wait() == -signal.SIGKILL
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] in (1, 2)
+    run(LOOPS[loop][0], "--resume", "run", cwd=tmp_path)
     assert_same_run(path, tmp_path / "run")
 
 
@@ -131,8 +150,8 @@ def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
 def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, signum):
     path, _ = whole(loop)
     process = start_or_resume(loop, tmp_path)
-    deadline = time.time() + 120
-    while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < deadline:
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill(signum)
     assert process.wait() == 128 + signum, process.stdout + process.stderr
@@ -142,6 +161,19 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, sig
     assert not list((tmp_path / "run").glob("*.partial"))
     run(command[1], "--resume", command[2], cwd=tmp_path)
     assert_same_run(path, tmp_path / "run")
+
+
+def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
+    (tmp_path / "meddle.py").write_text(
+        "import os, signal, torch\n"
+        "torch.save = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    process = start_or_resume("two-stage", tmp_path, tmp_path / "meddle.py")
+    assert process.wait() == 130
+    assert process.stderr == "search.py: stopped by SIGINT\n"
+    last = process.stdout.splitlines()[-1]
+    assert last == "stopped; no epoch was finished, so there is no checkpoint yet"
+    assert (tmp_path / "run/log.txt").read_text() == process.stdout
 
 
 @pytest.mark.parametrize("phase", ["searching", "architecture fixed"])

@@ -1,4 +1,4 @@
-"""Several processes that train together, by gloo on the CPU."""
+"""Several ranks that train together, by gloo on the CPU."""
 
 import os
 import re
@@ -38,15 +38,18 @@ LOOPS = {
     ],
 }
 
-# What torchrun tells the processes it starts; and each keeps what it would save as a checkpoint.
+# What torchrun tells the ranks it starts; each keeps what it would save as a checkpoint, and may be
+# killed before it saves that of an epoch.
 MEDDLE = """
-import os, sys, torch
+import os, signal, sys, torch
 sys.path.append({root!r})
 os.environ.update(RANK="{rank}", LOCAL_RANK="{rank}", WORLD_SIZE="{n}", LOCAL_WORLD_SIZE="{n}",
                   MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
 import runs
 save_checkpoint = runs.Run.save_checkpoint
 def save(self, **state):
+    if state["epoch"] == {killed}:
+        os.kill(os.getpid(), signal.SIGKILL)
     args = runs.plain(self.args)
     torch.save(dict(state, args=args), self.path + "-{rank}.pt")
     save_checkpoint(self, **state)
@@ -54,15 +57,15 @@ runs.Run.save_checkpoint = save
 """
 
 
-def start(script, *flags, cwd, n=2):
-    """n processes of a script that find each other."""
+def start(script, *flags, cwd, n=2, killed=None):
+    """n ranks of a script that find each other; they are killed in an epoch, if any."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(n):
         meddle = Path(tempfile.mkstemp(suffix=".py")[1])
-        meddle.write_text(MEDDLE.format(rank=rank, n=n, port=port, root=str(ROOT)))
+        meddle.write_text(MEDDLE.format(rank=rank, n=n, port=port, root=str(ROOT), killed=killed))
         processes.append(Process(script, *flags, cwd=cwd, meddle=meddle))
     return processes
 
@@ -79,7 +82,7 @@ def state(path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """For each loop, the folder of a run by 2 processes over 3 epochs, and its processes."""
+    """For each loop, the folder of a run by 2 ranks over 3 epochs, and its ranks."""
     made = {}
 
     def make(loop):
@@ -95,7 +98,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_processes_end_with_the_same_weights_codes_and_optimizers(whole, loop):
+def test_ranks_end_with_the_same_weights_codes_and_optimizers(whole, loop):
     folder, _ = whole(loop)
     first, second = (state(folder / f"run-{rank}.pt") for rank in range(2))
     a, b = first["random"]
@@ -105,7 +108,7 @@ def test_processes_end_with_the_same_weights_codes_and_optimizers(whole, loop):
     assert_same(first, {key: saved[key] for key in first})
 
 
-def test_the_first_process_speaks_and_writes_for_all(whole):
+def test_rank_zero_speaks_and_writes_for_all(whole):
     folder, (first, second) = whole("two-stage")
     assert (second.stdout, second.stderr) == ("", "")
     assert (folder / "run/log.txt").read_text() == first.stdout
@@ -114,7 +117,7 @@ def test_the_first_process_speaks_and_writes_for_all(whole):
 
 
 @pytest.mark.parametrize("loop", ["training", "imagenet"])
-def test_processes_share_an_evaluation(whole, loop):
+def test_ranks_share_an_evaluation(whole, loop):
     folder, (first, _) = whole(loop)
     flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
     together, silent = finish(start(*flags, cwd=folder))
@@ -126,7 +129,7 @@ def test_processes_share_an_evaluation(whole, loop):
 
 @pytest.mark.parametrize("loop", ["two-stage", "one-stage", "training"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_one_process_ends_the_others_with_a_message(whole, tmp_path, loop, victim):
+def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, loop, victim):
     folder, _ = whole(loop)
     processes = start(*LOOPS[loop], "--epochs", 3, "--save", "run", cwd=tmp_path)
     while not (tmp_path / "run/checkpoint.pt").exists():
@@ -143,7 +146,30 @@ def test_the_death_of_one_process_ends_the_others_with_a_message(whole, tmp_path
     assert_same_run(folder / "run", tmp_path / "run")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
+def test_one_stage_search_resumes_after_its_architecture_is_fixed(whole, tmp_path):
+    folder, _ = whole("one-stage")
+    last = rows(folder / "run/metrics.jsonl")[-1]["epoch"]
+    flags = [*LOOPS["one-stage"], "--epochs", 3, "--save", "run"]
+    ranks = start(*flags, cwd=tmp_path, killed=last)
+    assert [rank.wait() for rank in ranks] == 2 * [-signal.SIGKILL]
+    finish(start("search.py", "--resume", "run", cwd=tmp_path))
+    assert_same_run(folder / "run", tmp_path / "run")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_ranks_is_told_once(tmp_path, signum):
+    ranks = start(*LOOPS["two-stage"], "--epochs", 99, "--save", "run", cwd=tmp_path)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.kill(signum)
+    assert [rank.wait() for rank in ranks] == 2 * [128 + signum]
+    assert [rank.stderr for rank in ranks] == [f"search.py: stopped by {signum.name}\n", ""]
+    command = "torchrun --nproc_per_node=2 search.py --resume run"
+    assert ranks[0].stdout.endswith(f"go on from the last checkpoint with: {command}\n")
+
+
+def test_a_run_goes_on_with_another_world_size(whole, tmp_path):
     processes = start(*LOOPS["two-stage"], "--epochs", 1, "--save", "run", cwd=tmp_path)
     finish(processes)
     run("search.py", "--resume", "run", "--epochs", 2, cwd=tmp_path)
@@ -202,7 +228,7 @@ for _ in range(2):
 """
 
 
-def test_gradients_are_the_mean_over_the_processes(tmp_path):
+def test_gradients_are_the_mean_over_the_ranks(tmp_path):
     script = tmp_path / "average.py"
     script.write_text(AVERAGE)
     finish(start(script, cwd=tmp_path))
@@ -227,7 +253,7 @@ def test_torchrun_starts_it(tmp_path):
     assert len(errors) == 1 and "exists already and is not overwritten" in errors[0]
 
 
-def test_a_batch_per_process_that_is_too_large_is_refused_once(tmp_path):
+def test_a_batch_per_rank_that_is_too_large_is_refused_once(tmp_path):
     processes = start(*TRAIN, "--batch_size", 1000, cwd=tmp_path)
     assert [process.wait() for process in processes] == [2, 2]
     first, second = processes
