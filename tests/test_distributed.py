@@ -234,6 +234,29 @@ def test_gradients_are_the_mean_over_the_ranks(tmp_path):
     finish(start(script, cwd=tmp_path))
 
 
+CODES = """
+import torch
+import distributed
+from model_search import Network
+
+distributed.start()
+torch.manual_seed(distributed.rank())  # another network on each
+net = Network(2, 10, 3)
+own = [z.tolist() for code in net.codes for z in code.z]
+net.recover()
+codes = [z.tolist() for code in net.codes for z in code.z]
+of_all = distributed.gather((own, codes, [code.support for code in net.codes]))
+assert of_all[0][0] != of_all[1][0] and of_all[0][1:] == of_all[1][1:]
+assert codes == of_all[0][0]
+"""
+
+
+def test_all_ranks_take_the_codes_of_rank_zero(tmp_path):
+    script = tmp_path / "codes.py"
+    script.write_text(CODES)
+    finish(start(script, cwd=tmp_path))
+
+
 def torchrun(*command, cwd):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
