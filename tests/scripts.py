@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -137,6 +138,28 @@ def _run_here(script, flags, cwd, pictures):
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def await_checkpoint(run):
+    """Wait until a run in another process has written a checkpoint."""
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint.pt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# Stays for a minute in a step of the second or third epoch, for a signal to find it running.
+LINGER = """
+import time
+import torch.nn.functional as F
+cross_entropy, calls = F.cross_entropy, []
+def linger(*args, **options):
+    calls.append(1)
+    if len(calls) == 20:
+        time.sleep(60)
+    return cross_entropy(*args, **options)
+F.cross_entropy = linger
+"""
 
 
 def rows(path):

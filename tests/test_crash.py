@@ -7,7 +7,16 @@ import time
 
 import pytest
 import torch
-from scripts import ONE_STAGE, TRAIN, TWO_STAGE, Process, assert_same_run, run
+from scripts import (
+    LINGER,
+    ONE_STAGE,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same_run,
+    await_checkpoint,
+    run,
+)
 
 LOOPS = {
     "two-stage": [*TWO_STAGE, "--epochs", 6],
@@ -44,6 +53,14 @@ def start_or_resume(loop, place, meddle=None):
     return Process(script, *flags, "--save", "run", cwd=place, meddle=meddle)
 
 
+def linger(loop, place):
+    """A run that has written a checkpoint, and is still going on."""
+    (place / "meddle.py").write_text(LINGER)
+    process = start_or_resume(loop, place, place / "meddle.py")
+    await_checkpoint(place / "run")
+    return process
+
+
 def kill_and_resume(loop, place, seconds, kills, rng):
     """Kill a run at random moments, resuming it each time, and let it end.
 
@@ -60,25 +77,11 @@ def kill_and_resume(loop, place, seconds, kills, rng):
     return killed
 
 
-# The third epoch of two-stage search and of training, and the second or third of one-stage search.
-IN_A_STEP = """
-import os, signal
-import torch.nn.functional as F
-whole, calls = F.cross_entropy, []
-def cross_entropy(*args, **options):
-    calls.append(1)
-    if len(calls) == 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(*args, **options)
-F.cross_entropy = cross_entropy
-"""
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_kill_costs_nothing_but_time(whole, tmp_path, loop):
     path, _ = whole(loop)
-    (tmp_path / "meddle.py").write_text(IN_A_STEP)
-    process = start_or_resume(loop, tmp_path, tmp_path / "meddle.py")
+    process = linger(loop, tmp_path)
+    process.kill(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] in (1, 2)
     run(LOOPS[loop][0], "--resume", "run", cwd=tmp_path)
@@ -149,10 +152,7 @@ def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
 @pytest.mark.parametrize("loop", ["two-stage", "training"])
 def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, signum):
     path, _ = whole(loop)
-    process = start_or_resume(loop, tmp_path)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = linger(loop, tmp_path)
     process.kill(signum)
     assert process.wait() == 128 + signum, process.stdout + process.stderr
     assert process.stderr == f"{LOOPS[loop][0]}: stopped by {signum.name}\n"

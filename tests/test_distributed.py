@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from scripts import (
     ENVIRONMENT,
+    LINGER,
     ONE_STAGE,
     ROOT,
     TINY,
@@ -22,6 +22,7 @@ from scripts import (
     Process,
     assert_same,
     assert_same_run,
+    await_checkpoint,
     imagenet_of_digits,
     rows,
     run,
@@ -57,15 +58,16 @@ runs.Run.save_checkpoint = save
 """
 
 
-def start(script, *flags, cwd, n=2, killed=None):
-    """n ranks of a script that find each other; they are killed in an epoch, if any."""
+def start(script, *flags, cwd, n=2, killed=None, lingers=None):
+    """n ranks of a script that find each other; they are killed in an epoch, or one lingers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(n):
         meddle = Path(tempfile.mkstemp(suffix=".py")[1])
-        meddle.write_text(MEDDLE.format(rank=rank, n=n, port=port, root=str(ROOT), killed=killed))
+        text = MEDDLE.format(rank=rank, n=n, port=port, root=str(ROOT), killed=killed)
+        meddle.write_text(text + (LINGER if rank == lingers else ""))
         processes.append(Process(script, *flags, cwd=cwd, meddle=meddle))
     return processes
 
@@ -131,9 +133,9 @@ def test_ranks_share_an_evaluation(whole, loop):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, loop, victim):
     folder, _ = whole(loop)
-    processes = start(*LOOPS[loop], "--epochs", 3, "--save", "run", cwd=tmp_path)
-    while not (tmp_path / "run/checkpoint.pt").exists():
-        time.sleep(0.02)
+    flags = [*LOOPS[loop], "--epochs", 3, "--save", "run"]
+    processes = start(*flags, cwd=tmp_path, lingers=victim)
+    await_checkpoint(tmp_path / "run")
     processes[victim].kill(signal.SIGKILL)
     survivor = processes[1 - victim]
     assert processes[victim].wait() == -signal.SIGKILL
@@ -159,8 +161,7 @@ def test_one_stage_search_resumes_after_its_architecture_is_fixed(whole, tmp_pat
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_ranks_is_told_once(tmp_path, signum):
     ranks = start(*LOOPS["two-stage"], "--epochs", 99, "--save", "run", cwd=tmp_path)
-    while not (tmp_path / "run/checkpoint.pt").exists():
-        time.sleep(0.02)
+    await_checkpoint(tmp_path / "run")
     for rank in ranks:
         rank.kill(signum)
     assert [rank.wait() for rank in ranks] == 2 * [128 + signum]

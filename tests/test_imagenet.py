@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from scripts import (
     TRAIN,
     Process,
     assert_same_run,
+    await_checkpoint,
     imagenet_of_digits,
     rows,
     run,
@@ -214,9 +214,7 @@ def test_a_signal_to_all_processes_ends_the_step(place, tmp_path, signum):
     (tmp_path / "meddle.py").write_text("import os\nos.setpgid(0, 0)\n")
     process = Process(*RUN, "--epochs", 99, "--save", "run", cwd=tmp_path,
                       meddle=tmp_path / "meddle.py")
-    deadline = time.time() + 60
-    while not (tmp_path / "run/checkpoint.pt").exists() and time.time() < deadline:
-        time.sleep(0.01)
+    await_checkpoint(tmp_path / "run")
     os.killpg(process.pid, signum)
     assert process.wait() == 128 + signum, process.stdout + process.stderr
     assert process.stderr == f"train.py: stopped by {signum.name}\n"
