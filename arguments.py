@@ -264,7 +264,8 @@ def get_search_parser(description):
     group = parser.add_argument_group("one-stage search")
     group.add_argument(
         "--freeze_tol", type=real(0), default=1e-3, metavar="TOL",
-        help="a node freezes when its code moves by no more than this in an epoch")
+        help="a node freezes when its code moves by no more than this in an epoch, so sooner when "
+        "epochs are short")
     group.add_argument(
         "--max_params", type=real(0, open_low=True), metavar="MILLIONS",
         help="architectures with as many parameters or more are rejected")
@@ -337,7 +338,9 @@ def add_shared(parser):
         help="part of each label that is spread over all classes")
 
     group = parser.add_argument_group("optimisation of the weights (SGD)")
-    group.add_argument("--epochs", type=whole(1), help="passes through the training images")
+    group.add_argument(
+        "--epochs", type=whole(1),
+        help="passes through the training images; in one-stage search, after the last freezing")
     group.add_argument(
         "--learning_rate", type=real(0), metavar="LR", help="learning rate of the first epoch")
     group.add_argument(

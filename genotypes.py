@@ -194,18 +194,19 @@ def moved(before, after):
     Returns
     -------
     list of str
-        Like "normal node 0: skip_connect 0 → sep_conv_3x3 1".
+        Like "normal node 1: skip_connect of node 0 → sep_conv_3x3 of c_{k-1}".
     """
+    sources = ["c_{k-2}", "c_{k-1}", *(f"node {j}" for j in range(NODES))]
     texts = []
     for cell in ("normal", "reduce"):
-        old, new = getattr(before, cell), getattr(after, cell)
-        each = len(new) // NODES
+        pairs_before, pairs_after = getattr(before, cell), getattr(after, cell)
+        each = len(pairs_after) // NODES
         for node in range(NODES):
-            a, b = (pairs[node * each : (node + 1) * each] for pairs in (old, new))
+            a, b = (pairs[node * each : (node + 1) * each] for pairs in (pairs_before, pairs_after))
             gone, come = ([p for p in x if p not in y] for x, y in ((a, b), (b, a)))
             texts += [
-                f"{cell} node {node}: {was} {source} → {operation} {input_node}"
-                for (was, source), (operation, input_node) in zip(gone, come, strict=True)
+                f"{cell} node {node}: {was} of {sources[old]} → {operation} of {sources[new]}"
+                for (was, old), (operation, new) in zip(gone, come, strict=True)
             ]
     return texts
 

@@ -9,7 +9,7 @@
 Every cell of a type shares one `SparseCode`. Node j of a cell (j = 0..3) may choose among
 n_j = 7(j+2) pairs of an edge and an operation, numbered k = edge·7 + operation. Its code z_j in
 R^{n_j} is not trained: it is recovered from a point b_j in R^m, m = 7, through a fixed dictionary
-A_j, and its 2 largest entries are the support S_j, the pairs that run.
+A_j, and the 2 largest |z_jk| are its support S_j, the pairs that run.
 """
 
 import re

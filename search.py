@@ -29,6 +29,7 @@ import fast
 import genotypes
 import graphs
 import imagenet
+import ista
 import runs
 import utils
 import visualize
@@ -49,7 +50,7 @@ def main(args):
     memory_format = utils.memory_format(device, args.amp)
 
     # In two-stage search the weights learn from one half of the images, and b from the other.
-    weight_images, arch_images, held_out = load_images(run, device)
+    weight_images, arch_images, measured = load_images(run, device)
     options = dict(
         batch_size=args.batch_size, generator=generator, memory_format=memory_format,
         cutout_length=args.cutout_length if args.cutout else 0,
@@ -57,7 +58,7 @@ def main(args):
     )
     batches = weight_images.batches(train=True, **options)
     arch_batches = arch_images and arch_images.batches(train=True, **options)
-    held_out_batches = held_out.batches(train=False, **options)
+    measured_batches = measured.batches(train=False, **options)
     check_interval(args, len(batches))
 
     net = Network(
@@ -82,17 +83,20 @@ def main(args):
             checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
             utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:
-        report(run, net.recover(args.solver)._asdict())
+        recovery = net.recover(args.solver)  # the first codes, and what runs in epoch 1
+        report(run, recovery._asdict())
     run.begin(device, columns(args))
     parallel = distributed.data_parallel(net, net.weight_parameters(), static=all(net.frozen))
 
     while schedule_start is None or epoch < schedule_start + args.epochs:
-        name, learning_rate, net.drop_path_prob = schedule(args, epoch, schedule_start)
+        name, learning_rate, drop_path_prob = schedule(args, epoch, schedule_start)
         utils.set_learning_rate(weight_optimizer, learning_rate)
-        epoch, before, restless = epoch + 1, net.genotype(), row.get("restless", 0)
+        net.drop_path_prob = drop_path_prob
+        before, restless = net.genotype(), row.get("restless", 0)
+        epoch += 1
         with run.epoch(
             epoch, name, batches, epochs_left(args, epoch, schedule_start),
-            learning_rate=learning_rate, drop_path_prob=net.drop_path_prob,
+            learning_rate=learning_rate, drop_path_prob=drop_path_prob,
         ) as row:
             both = weight_optimizer, arch_optimizer
             if args.one_stage:
@@ -101,15 +105,17 @@ def main(args):
                 row |= two_stage_epoch(
                     net, parallel, batches, arch_batches, *both, args, run.progress, epoch
                 )
-            row |= utils.named(utils.evaluate(net, held_out_batches, args.amp), held_out_name(args))
+            row |= utils.named(utils.evaluate(net, measured_batches, args.amp), measured_name(args))
 
-            # The architecture of the next epoch
+            # The architecture of the next epoch; what was measured is that of this one.
             if schedule_start is None:
-                row |= net.recover(args.solver, args.freeze_tol, args.max_params)._asdict()
+                recovery = net.recover(args.solver, args.freeze_tol, args.max_params)
+                row |= recovery._asdict()
                 if all(net.frozen) or epoch == args.max_search_epochs:
                     schedule_start = epoch
             elif not args.one_stage and (args.recover_every == "epoch" or epoch == args.epochs):
-                row |= net.recover(args.solver)._asdict()
+                recovery = net.recover(args.solver)
+                row |= recovery._asdict()
             row["changed"] = len(genotypes.moved(before, net.genotype()))
             row["restless"] = restless + 1 if row["changed"] else 0
         report(run, row)
@@ -118,7 +124,7 @@ def main(args):
             settle(run, net, weight_optimizer)
             parallel = distributed.data_parallel(net, net.weight_parameters(), static=True)
         save(run, net, generator, row, schedule_start, weight_optimizer, arch_optimizer)
-    finish(run, net, weight_images, held_out_batches, row)
+    finish(run, net, weight_images, measured_batches, row)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def two_stage_epoch(
         weight_optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(weights, args.grad_clip)
-        weight_optimizer.step()
+        weight_optimizer.step()  # operations that did not run have no gradient, so SGD skips them
         meter.add(loss, logits, y)
 
     net.train()
@@ -239,7 +245,11 @@ def train_only(trained, fixed):
 
 
 def load_images(run, device):
-    """Images that train the weights, that train b (or None), and that are held out; a log line."""
+    """Images that train the weights, that train b, and that an epoch ends by measuring.
+
+    In two-stage search the last are those of b, not augmented; in one-stage search those that
+    train the weights also train b, in place of which there is None, and the test images are last.
+    """
     args = run.args
     source = imagenet if args.dataset == "imagenet" else data
     with distributed.rank_zero_first():
@@ -256,16 +266,17 @@ def load_images(run, device):
         parts = weight_half, arch_half, arch_half
         run.log(f"{args.dataset}: {len(weight_half)} images train the weights, {len(arch_half)} "
                 "others train b; these, not augmented, give the valid loss and accuracy")
+    published = arguments.search_setting(vars(args))
     if not run.checkpoint:
         smallest = min(len(part) for part in parts[:2] if part)
         arguments.fit_to_data(
-            args, smallest, arguments.search_setting(vars(args)), distributed.world_size(), run.log
+            args, smallest, published, distributed.world_size(), run.log
         )
     run.log(f"device: {device}")
     utils.warn_if_busy(device, run.log)
     if args.layers < 3:
         run.log("warning: with fewer than 3 layers there is no normal cell, so none is searched")
-    if device.type == "cpu":
+    if device.type == "cpu" and args.init_channels >= published["init_channels"]:
         run.log("there is no CUDA device: a small CPU takes hours for the published two-stage "
                 "search, and weeks for the one-stage one; fewer --init_channels and --layers help")
     return parts
@@ -293,18 +304,18 @@ def optimizers(net, args):
     return weight_optimizer, arch_optimizer
 
 
-def held_out_name(args):
-    """What the held-out images are called in log and metrics."""
+def measured_name(args):
+    """What the images that an epoch ends by measuring are called in log and metrics."""
     return "test" if args.one_stage else "valid"
 
 
 def columns(args):
     """Columns of the log's table, as `runs.Run.begin` takes them."""
-    held_out = held_out_name(args)
+    name = measured_name(args)
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
-        "train acc": "{train_accuracy:.2f} %", f"{held_out} loss": f"{{{held_out}_loss:.3f}}",
-        f"{held_out} acc": f"{{{held_out}_accuracy:.2f}} %",
+        "train acc": "{train_accuracy:.2f} %", f"{name} loss": f"{{{name}_loss:.3f}}",
+        f"{name} acc": f"{{{name}_accuracy:.2f}} %",
         "pairs changed": f"{{changed}} of {2 * genotypes.NODES * args.sparseness}",
     }
 
@@ -364,8 +375,9 @@ def report(run, row):
     """
     args, nodes = run.args, node_names()
     if row.get("not_converged"):
-        run.warn_once("solver", f"solver {args.solver} does not converge on some codes (first on "
-                      f"{row['not_converged']}); homotopy solves those")
+        run.warn_once("solver", f"solver {args.solver} leaves a relative duality gap above "
+                      f"{ista.TOLERANCE:g} in some codes ({row['not_converged']} of {len(nodes)} "
+                      "at first); those are homotopy's")
     if any(row.get("too_sparse", [])):
         told = zip(nodes, row["too_sparse"], row["lam_max"], strict=True)
         told = [f"{node} (λ_max {lam_max:.1e})" for node, sparse, lam_max in told if sparse]
@@ -431,7 +443,7 @@ def save_genotype(run, net, row):
     )
 
 
-def finish(run, net, images, held_out_batches, row):
+def finish(run, net, images, measured_batches, row):
     """Say what came out, and the next command; in one-stage search save the trained network."""
     args = run.args
     save_genotype(run, net, row)  # a resumed run that had ended has only this to do
@@ -444,8 +456,8 @@ def finish(run, net, images, held_out_batches, row):
         run.log(f"    python train.py --arch {arch}{flags}")
         return
     plain = net.absorb()
-    _, before = utils.evaluate(net, held_out_batches, args.amp)
-    _, after = utils.evaluate(plain, held_out_batches, args.amp)
+    _, before = utils.evaluate(net, measured_batches, args.amp)
+    _, after = utils.evaluate(plain, measured_batches, args.amp)
     run.log(f"test accuracy {before:.2f} % in the supernet, {after:.2f} % after absorption")
     run.save_network("network.pt", plain, images, epoch=row["epoch"], test_accuracy=after)
     run.log("the trained network is in network.pt; to measure it, and to train it further:")

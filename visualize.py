@@ -211,7 +211,8 @@ def compare_figure(records):
         label = f"{group[0].path} ({len(group)} seeds)" if len(group) > 1 else group[0].path
         for run in group:
             kind, epochs, values = _accuracy(run)
-            late[kind] += values[len(values) // 3 :]  # what is lower is not worth the height
+            first = len(values) // 3 if len(values) > 20 else 0
+            late[kind] += values[first:]  # a long rise is not worth the height
             look = dict(color=f"C{i}", linestyle=("-", "--", "-.", ":")[i % 4])
             line = panels[kind].plot(epochs, values, label=label, **look)
         handles += line
