@@ -1,6 +1,7 @@
 """export.py: the ONNX file computes what the network does, without torch, and says what it is."""
 
 import json
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -8,11 +9,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from scripts import ENVIRONMENT, ONE_STAGE, TRAIN, imagenet_of_digits, run
+from PIL import Image
+from scripts import ENVIRONMENT, ONE_STAGE, ROOT, TRAIN, imagenet_of_digits, run
 from sklearn.datasets import load_digits
 
 import data
-import export
 import genotypes
 import model
 
@@ -23,9 +24,8 @@ IMAGENET = [
 KINDS = {"two_stage": TRAIN, "one_stage": ONE_STAGE, "imagenet": IMAGENET}
 
 # Runs every network on the images of its size, in batches of 1 and 5.
-WITHOUT_TORCH = """
+FIND = """
 import json, sys
-sys.modules["torch"] = None  # an import of it fails from now on
 import numpy as np
 import onnxruntime
 found = {}
@@ -42,8 +42,12 @@ print(json.dumps(found))
 """
 
 
-def run_export(*flags):
-    export.main(export.get_args_parser().parse_args([*map(str, flags)]))
+def without_torch(code, *args, cwd):
+    """What code prints in a process in which an import of torch fails."""
+    code = f"import sys\nsys.modules['torch'] = None\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=cwd, env=ENVIRONMENT,
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +72,10 @@ def programs(place):
     """Each network exported beside its weights; and what torch's exporter, which is slow, made."""
     made, exporter = [], torch.onnx.export
     with mock.patch.object(torch.onnx, "export") as patched:
-        patched.side_effect = lambda *args, **flags: made.append(exporter(*args, **flags)) or made[-1]
+        patched.side_effect = lambda *args, **kwargs: (
+            made.append(exporter(*args, **kwargs)) or made[-1])
         for kind in KINDS:
-            run_export("--weights", place / kind / "network.pt")
+            run("export.py", "--weights", f"{kind}/network.pt", cwd=place)
     return dict(zip(KINDS, made, strict=True))
 
 
@@ -78,9 +83,7 @@ def programs(place):
 def found(place, pixels, programs):
     """What a process that has no torch finds in the exported files."""
     np.save(place / "pixels.npy", pixels)
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *KINDS], cwd=place,
-                          env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(without_torch(FIND, *KINDS, cwd=place))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +100,16 @@ def test_without_torch_it_computes_the_logits_of_torch(place, pixels, found, kin
     for n, values in zip((1, 5), found[kind]["values"], strict=True):
         assert np.shape(values) == (n, classes)
         np.testing.assert_allclose(values, expected[:n], rtol=1e-5, atol=1e-5)
+
+
+def test_the_lines_of_the_docs_name_the_class(place, pixels, programs):
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    net, about = model.load(place / "two_stage/network.pt")
+    Image.fromarray(pixels[0].transpose(1, 2, 0)).save(place / "two_stage/image.png")
+    image = data.normalize(torch.from_numpy(pixels[:1]), about["mean"], about["std"])
+    with torch.no_grad():
+        label = net(image)[0].argmax().item()
+    assert without_torch(lines, cwd=place / "two_stage") == about["classes"][label] + "\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,31 +133,30 @@ def test_the_file_is_alone_and_holds_no_auxiliary_head_and_no_paths(place, found
         assert b"auxiliary" not in content and b"model.py" not in content
 
 
-def test_an_older_file_is_replaced_only_by_a_right_one(
-    place, programs, tmp_path, monkeypatch, capsys
-):
-    flags = ["--weights", place / "two_stage/network.pt", "-o", tmp_path / "net.onnx"]
+def test_an_older_file_is_replaced_only_by_a_right_one(place, programs, tmp_path, monkeypatch):
+    flags = ["--weights", place / "two_stage/network.pt", "-o", "net.onnx"]
     (tmp_path / "net.onnx").write_text("older")
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: programs["one_stage"])
-    with pytest.raises(export.UserError, match="onnxruntime and by torch differ"):
-        run_export(*flags)
+    done = run("export.py", *flags, cwd=tmp_path, status=2)
+    assert re.fullmatch(r"export.py: error: .* by onnxruntime and by torch .*\n", done.stderr)
     assert (tmp_path / "net.onnx").read_text() == "older"
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: programs["two_stage"])
-    run_export(*flags)
-    assert capsys.readouterr().out == (
-        f"{tmp_path}/net.onnx: 0.1 MB, takes images, uint8 (N, 3, 8, 8), and gives logits (N, 10);"
-        " docs/export.md shows how to run it\n"
+    assert run("export.py", *flags, cwd=tmp_path).stdout == (
+        "net.onnx: 0.1 MB, takes images, uint8 (N, 3, 8, 8), and gives logits (N, 10); "
+        "docs/export.md shows how to run it\n"
     )
     content = (tmp_path / "net.onnx").read_bytes()
     assert content == (place / "two_stage/network.onnx").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
 
-@pytest.mark.parametrize("package", export.PACKAGES)
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named(place, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(export.UserError, match=f"{package} .*pip install onnx onnxscript onnxrun"):
-        run_export("--weights", place / "two_stage/network.pt", "-o", tmp_path / "net.onnx")
+    flags = ["--weights", place / "two_stage/network.pt", "-o", "net.onnx"]
+    done = run("export.py", *flags, cwd=tmp_path, status=2)
+    assert re.fullmatch(rf"export.py: error: .*\b{package}\b.*: pip install onnx onnxscript "
+                        "onnxruntime\n", done.stderr)
     assert not [*tmp_path.iterdir()]
 
 
