@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import export
 import runs
 import search
 import train
 import visualize
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"search.py": search, "train.py": train}
+SCRIPTS = {"export.py": export, "search.py": search, "train.py": train}
 CUDA_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = {**CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scripts import ROOT, TINY, TWO_STAGE, run
 
+import export
 import genotypes
 import search
 import train
@@ -16,14 +17,13 @@ import visualize
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
-PARSERS = {
-    f"{script.__name__}.py": script.get_args_parser() for script in (search, train, visualize)
-}
+SCRIPTS = (export, search, train, visualize)
+PARSERS = {f"{script.__name__}.py": script.get_args_parser() for script in SCRIPTS}
 
 
 def commands():
     text = "\n".join(DOCS.values()).replace("\\\n", " ")
-    launched = r"(?:\+ |    |`)(?:\S*python|torchrun .*?) (search|train|visualize)\.py([^`\n]*)"
+    launched = r"(?:\+ |    |`)(?:\S*python|torchrun .*?) (\w+)\.py([^`\n]*)"
     for script, flags in re.findall(launched, text):
         if flags != " --help":
             yield f"{script}.py", shlex.split(flags, comments=True)
