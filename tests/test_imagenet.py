@@ -13,12 +13,14 @@ import torch
 from scripts import (
     TRAIN,
     Process,
+    assert_same,
     assert_same_run,
     await_checkpoint,
     imagenet_of_digits,
     rows,
     run,
 )
+from test_distributed import finish, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoints
@@ -393,6 +395,20 @@ def test_a_search_that_is_killed_in_every_epoch_ends_as_the_whole_one(
         flags = ["--resume", name]
     run(script, *flags, cwd=tmp_path)
     assert_same_run(place / name, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_two_ranks_of_a_search_end_with_the_same_codes(place, tmp_path, name):
+    (tmp_path / "images").symlink_to(place / "images")
+    flags = [*SEARCHES[name], "--batch_size", 7, "--epochs", 2]
+    first, second = finish(start(*flags, "--save", "run", cwd=tmp_path))
+    assert second.stdout == "" and "2 ranks with --batch_size 7" in first.stdout
+    states = [torch.load(tmp_path / f"run-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(*states)
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert_same(states[1], {key: saved[key] for key in states[1]})
+    assert any(key.startswith("normal_code.z") for key in saved["net"])
+    assert (tmp_path / "run/network.pt").exists() == (name == "one-stage")
 
 
 EARLY = [
