@@ -73,7 +73,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def show_defaults(self, settings):
-        """Say in the help of each flag what its default is, in each of the published settings."""
+        """Say in the help of each flag what its default is, in each of the published settings.
+
+        That of "NAME imagenet" is left out where it is that of "NAME".
+        """
         for action in self._actions:
             values = {name: column.get(action.dest) for name, column in settings.items()}
             if set(values.values()) == {None}:
@@ -82,6 +85,8 @@ class Parser(argparse.ArgumentParser):
                 values = {"default": action.default}
             if len(set(values.values())) == 1:
                 values = {"default": next(iter(values.values()))}
+            usual = {f"{name} imagenet": value for name, value in values.items()}
+            values = {n: v for n, v in values.items() if n not in usual or v != usual[n]}
             text = ", ".join(f"{name}: {shown(value)}" for name, value in values.items())
             action.help = f"{action.help} ({text})"
 
@@ -273,7 +278,8 @@ def get_search_parser(description):
         "--max_search_epochs", type=whole(1), default=600, metavar="EPOCHS",
         help="after these the last architecture is taken, at rest or not")
     parser.show_defaults({
-        "two-stage": TWO_STAGE, "one-stage": ONE_STAGE, "one-stage imagenet": ONE_STAGE_IMAGENET,
+        "two-stage": TWO_STAGE, "two-stage imagenet": TWO_STAGE_IMAGENET,
+        "one-stage": ONE_STAGE, "one-stage imagenet": ONE_STAGE_IMAGENET,
     })
     return parser
 

@@ -9,6 +9,7 @@ anew. The interface is that of `data.py`.
 """
 
 import contextlib
+import math
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class Images:
         Of x and y in `batches`.
     workers : int
         Processes that read images; 0 reads in this one.
+    readers : int
+        Data sets that are read side by side in training, among which the workers are shared.
     mean, std : tuples of 3 floats
         By which channels are normalised, in units where white is 1.
     """
@@ -54,6 +57,7 @@ class Images:
     image_size: int
     device: torch.device
     workers: int
+    readers: int = 1
     mean: tuple = MEAN
     std: tuple = STD
 
@@ -61,9 +65,9 @@ class Images:
         return len(self.labels)
 
     def subset(self, index):
-        """The images at ``index`` (an int64 tensor, any device)."""
+        """The images at ``index`` (an int64 tensor, any device), one of two halves in training."""
         index = index.cpu()
-        return replace(self, files=self.files[index.numpy()], labels=self.labels[index])
+        return replace(self, files=self.files[index.numpy()], labels=self.labels[index], readers=2)
 
     def batches(self, batch_size, **options):
         """`Batches` of these images, with its options."""
@@ -115,8 +119,9 @@ class Batches(data.Batches):
     area), resized, mirrored and jittered in colour; others are resized by their shorter side to 8/7
     of the image size, and the centre is taken.
 
-    A training pass keeps its workers for the next one. So it ends the pass before, if that was
-    left early.
+    A training pass keeps its workers for the next one, for where it takes seconds to start them. So
+    it ends the pass before, if that was left early. Other passes start workers of their own and end
+    them. Two halves of a data set have half of the workers each in training.
 
     Parameters
     ----------
@@ -141,10 +146,11 @@ class Batches(data.Batches):
         if train and batch_size < 2:
             raise UserError("--batch_size 1: BatchNorm needs at least 2 images to train on")
         super().__init__(images, batch_size, train=train, **options)
+        workers = math.ceil(images.workers / images.readers) if train else images.workers
         self.loader = DataLoader(
             _Reader(images, train), batch_sampler=_Plan(self),
             collate_fn=_collate, worker_init_fn=_start_worker,
-            num_workers=images.workers, persistent_workers=train and images.workers > 0,
+            num_workers=workers, persistent_workers=train and workers > 0,
             pin_memory=images.device.type == "cuda",
             generator=torch.Generator(),  # else a pass would draw from the global one
         )

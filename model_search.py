@@ -39,7 +39,7 @@ class Recovery(NamedTuple):
     frozen : list of bool
         Nodes whose code is final.
     parameters : int or None
-        Of the candidate's retraining network, where they are limited.
+        Of the candidate's retraining network, where nodes may freeze or size is limited.
     rejected : bool
         Whether they were too many, so that the last architecture was kept.
     not_converged : int
@@ -452,9 +452,9 @@ class Network(Skeleton):
         pairs = _by_node(supports, [code.support for code in self.codes])
         changed = sum(len({*node} - {*old}) for node, old in pairs)
         parameters, rejected = None, False
-        if max_params is not None:
+        if freeze_tol is not None or max_params is not None:
             parameters = self.retraining_parameters(self.genotype(supports))
-            rejected = parameters >= max_params * 1e6
+            rejected = max_params is not None and parameters >= max_params * 1e6
         if rejected:
             changed = 0
         else:

@@ -363,6 +363,9 @@ def settle(run, net, weight_optimizer):
     if run.args.drop_path_prob:
         run.log(f"from here on drop-path rises to {run.args.drop_path_prob:g}, which lowers the "
                 "training accuracy, and the learning rate falls")
+    if run.args.dataset == "imagenet":
+        run.log(f"from here on the learning rate warms up anew, for {utils.WARM_UP} epochs, and "
+                "then falls")
 
 
 def report(run, row):

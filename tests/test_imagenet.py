@@ -1,8 +1,9 @@
-"""ImageNet in train.py: the recipe, what the network costs, and runs on small images."""
+"""ImageNet in both scripts: settings, what the network costs, and runs on small images."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from types import SimpleNamespace
@@ -12,18 +13,24 @@ import torch
 from scripts import (
     TRAIN,
     Process,
+    assert_same,
     assert_same_run,
     await_checkpoint,
     imagenet_of_digits,
     rows,
     run,
 )
+from test_distributed import finish, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoints
 import genotypes
+import imagenet
 import model
+import search
 import train
 import utils
+from model_search import Network
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,28 @@ def trained(place):
     return run(*RUN, "--save", "run", cwd=place).stdout
 
 
+SEARCH = [
+    "search.py", "--dataset", "imagenet", "--data", "images", "--image_size", 32,
+    "--init_channels", 2, "--layers", 3, "--batch_size", 12, "--workers", 1,
+]
+SEARCHES = {
+    "two-stage": [*SEARCH, "--arch_learning_rate", 0.02, "--epochs", 3],
+    # Some nodes freeze after the first epoch, and all of them after a few.
+    "one-stage": [
+        *SEARCH, "--one_stage", "--arch_learning_rate", 0.003, "--freeze_tol", 0.013,
+        "--max_search_epochs", 9, "--epochs", 3,
+    ],
+}
+STEPS = {"two-stage": 4, "one-stage": 7}  # in an epoch
+
+
+@pytest.fixture(scope="module")
+def searched(place):
+    """Of each search the output of a run in a folder of its name."""
+    return {name: run(*flags, "--save", name, cwd=place).stdout
+            for name, flags in SEARCHES.items()}
+
+
 # ------------------------------------------------------------------------------------------------
 # Recipe and cost
 # ------------------------------------------------------------------------------------------------
@@ -60,6 +89,31 @@ def test_the_flag_of_the_data_set_means_the_published_recipe(place):
     assert {**vars(args), **recipe} == vars(args)
     args = train.get_args_parser().parse_args(["--arch", "ISTA_ImageNet"])
     assert args.label_smoothing == 0 and args.image_size == 32 and args.cutout
+
+
+def test_one_stage_search_has_the_recipe_of_the_retraining(place):
+    flags = ["--one_stage", "--dataset", "imagenet", "--data", str(place / "images")]
+    args = search.get_args_parser().parse_args(flags)
+    setting = dict(init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250,
+                   learning_rate=0.5, momentum=0.9, weight_decay=3e-5, grad_clip=5, auxiliary=True,
+                   auxiliary_weight=0.4, drop_path_prob=0, cutout=False, label_smoothing=0.1,
+                   arch_learning_rate=3e-4, arch_weight_decay=1e-3, proj_dims=7, sparseness=2,
+                   lam=1e-5, freeze_tol=1e-3, max_params=None, seed=5)
+    assert {**vars(args), **setting} == vars(args)
+    assert search.get_args_parser().parse_args([*flags, "--max_params", "6"]).max_params == 6
+
+    rate = [search.schedule(args, t, None)[1] for t in range(30)]
+    assert rate == pytest.approx([0.1, 0.2, 0.3, 0.4] + 26 * [0.5])
+    rate = [search.schedule(args, 30 + t, 30)[1] for t in range(250)]
+    assert rate == [utils.warm_up_linear(t, 250, 0.5) for t in range(250)]
+
+
+def test_two_stage_search_has_its_setting_at_224_pixels(place):
+    flags = ["--dataset", "imagenet", "--data", str(place / "images")]
+    args = vars(search.get_args_parser().parse_args(flags))
+    cifar = vars(search.get_args_parser().parse_args([]))
+    differ = {name for name, value in args.items() if value != cifar[name]}
+    assert differ == {"dataset", "data", "image_size", "typed"} and args["image_size"] == 224
 
 
 def test_the_published_learning_rate():
@@ -255,6 +309,106 @@ def test_a_broken_image_is_named_in_one_line(place, tmp_path):
         assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
         assert done.stderr.startswith(f"train.py: error: images/{part}/n00000002/{k}.JPEG cannot")
         path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------------------------
+# Searches
+# ------------------------------------------------------------------------------------------------
+
+
+def test_one_stage_search_freezes_its_nodes_and_ends_with_a_trained_network(place, searched):
+    stdout, metrics = searched["one-stage"], rows(place / "one-stage/metrics.jsonl")
+    searching = [row for row in metrics if "frozen" in row]
+    counts = [sum(row["frozen"]) for row in searching]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == 8
+    assert len(metrics) == len(searching) + 3 and not any(row["rejected"] for row in searching)
+    assert f"searching {8 - counts[0]} of 8 nodes; codes moved by" in stdout
+    assert [row["learning_rate"] for row in metrics] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5][: len(searching)] + [0.1, 0.2, 0.3]
+    )
+    genotypes_ = rows(place / "one-stage/genotypes.jsonl")
+    fixed = [(line["normal"], line["reduce"]) for line in genotypes_[len(searching) - 1 :]]
+    assert len(fixed) == 4 and all(pairs == fixed[0] for pairs in fixed)
+
+    net, about = model.load(place / "one-stage/network.pt")
+    assert isinstance(net, model.NetworkImageNet) and about["image_size"] == 32
+    config = torch.load(place / "one-stage/network.pt", weights_only=True)["config"]
+    assert [list(pair) for pair in config["genotype"]["normal"]] == fixed[0][0]
+    evaluated = run("train.py", "--evaluate", "--weights", "one-stage/network.pt", cwd=place).stdout
+    accuracy = f"test accuracy {metrics[-1]['test_accuracy']:.2f} %"
+    assert f"{accuracy} in the supernet, {accuracy[14:]} after absorption" in stdout
+    loss = float(re.search(r"loss (\S+),", evaluated)[1])
+    assert accuracy in evaluated and loss == pytest.approx(metrics[-1]["test_loss"], abs=1e-4)
+    supernet = Network(2, 7, 3, one_stage=True, auxiliary=True, imagenet=True)
+    state = torch.load(place / "one-stage/checkpoint.pt", weights_only=True)["net"]
+    checkpoints.load_supernet(supernet, state, "checkpoint.pt")
+    _, val = imagenet.load("imagenet", place / "images", 32)
+    ((x, _),) = val.batches(28, train=False)
+    expected, found = supernet.eval()(x)[0], net(x)[0]
+    torch.testing.assert_close(found - found.mean(0), expected - expected.mean(0), rtol=1e-3,
+                               atol=1e-2 * expected.std(0).min().item())
+    size = re.search(r"leaves (\S+ M)", stdout)[1]
+    assert size == f"{train.cost(net, 32)[0] / 1e6:.3f} M"
+
+
+def test_two_stage_search_names_the_command_that_trains_its_cell(place, searched):
+    stdout = searched["two-stage"]
+    assert "42 images train the weights, 42 others train b" in stdout
+    (command,) = re.findall(r"^    python (train\.py .*)", stdout, re.M)
+    small = ["--init_channels", 2, "--layers", 3, "--batch_size", 42, "--epochs", 1]
+    run(*shlex.split(command), *small, "--save", "from-two-stage", cwd=place)
+    state = torch.load(place / "from-two-stage/checkpoint.pt", weights_only=True)
+    assert state["args"]["dataset"] == "imagenet" and state["args"]["image_size"] == 32
+    found, _ = genotypes.load(str(place / "from-two-stage/genotype.json"))
+    assert found == genotypes.load(str(place / "two-stage/genotype.json"))[0]
+    last = rows(place / "two-stage/genotypes.jsonl")[-1]
+    assert [list(pair) for pair in found.normal] == last["normal"]
+
+
+# Dies in the middle of an epoch, with workers that read ahead.
+KILL = """
+import os, signal, torch
+clip, calls = torch.nn.utils.clip_grad_norm_, []
+def kill(*args, **options):
+    calls.append(1)
+    if len(calls) == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args, **options)
+torch.nn.utils.clip_grad_norm_ = kill
+"""
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_that_is_killed_in_every_epoch_ends_as_the_whole_one(
+    place, searched, tmp_path, name
+):
+    (tmp_path / "images").symlink_to(place / "images")
+    meddle = tmp_path / "meddle.py"
+    meddle.write_text(KILL.format(step=STEPS[name] + 3))  # each process ends one epoch
+    script, *flags = SEARCHES[name]
+    flags, epochs = [*flags, "--save", name], len(rows(place / name / "metrics.jsonl"))
+    for epoch in range(1, epochs):
+        process = Process(script, *flags, cwd=tmp_path, meddle=meddle)
+        assert process.wait() == -signal.SIGKILL, process.stderr
+        path = tmp_path / name / "checkpoint.pt"
+        assert torch.load(path, weights_only=True)["epoch"] == epoch
+        flags = ["--resume", name]
+    run(script, *flags, cwd=tmp_path)
+    assert_same_run(place / name, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_two_ranks_of_a_search_end_with_the_same_codes(place, tmp_path, name):
+    (tmp_path / "images").symlink_to(place / "images")
+    flags = [*SEARCHES[name], "--batch_size", 7, "--epochs", 2]
+    first, second = finish(start(*flags, "--save", "run", cwd=tmp_path))
+    assert second.stdout == "" and "2 ranks with --batch_size 7" in first.stdout
+    states = [torch.load(tmp_path / f"run-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(*states)
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert_same(states[1], {key: saved[key] for key in states[1]})
+    assert any(key.startswith("normal_code.z") for key in saved["net"])
+    assert (tmp_path / "run/network.pt").exists() == (name == "one-stage")
 
 
 EARLY = [

@@ -1,6 +1,7 @@
 """ImageNet's files, and batches of them from worker processes."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -132,6 +133,19 @@ def test_halves_that_share_a_generator_resume_to_the_bit_with_any_number_of_work
         assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
         resumed, others = search(place, workers, 2, states[0])
         assert same(resumed, expected[16:]) and torch.equal(others[-1], states[-1])
+
+
+def test_two_halves_share_the_workers_in_training(place):
+    train, _ = load(place, workers=2)
+    halves = [train.subset(half) for half in data.split(train.labels, 0.5, 0)]
+    before = set(multiprocessing.active_children())
+    streams = [iter(half.batches(6, train=True)) for half in halves]
+    assert [len(y) for _, y in map(next, streams)] == [6, 6]
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    whole, clean = train.batches(6, train=True), halves[0].batches(6, train=False)
+    assert whole.loader.num_workers == clean.loader.num_workers == 2
+    one = load(place, workers=1)[0].subset(torch.arange(6)).batches(6, train=True)
+    assert one.loader.num_workers == 1, "each needs one"
 
 
 def test_endless_begins_anew_when_called_anew(place):

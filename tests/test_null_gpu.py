@@ -64,8 +64,13 @@ LOOPS = {
         "--device", "cuda:0",
     ],
     "imagenet": ["train.py", *IMAGENET, "--arch", "ISTA_ImageNet", "--epochs", 2],
+    "one-stage imagenet": [
+        "search.py", *IMAGENET, "--one_stage", "--arch_learning_rate", 0.003, "--epochs", 2,
+        "--max_search_epochs", 2,
+    ],
 }
-EPOCHS = {"two-stage": 2, "every step": 2, "one-stage": 4, "training": 3, "imagenet": 2}
+EPOCHS = {"two-stage": 2, "every step": 2, "one-stage": 4, "training": 3, "imagenet": 2,
+          "one-stage imagenet": 4}
 KILLED = {**EPOCHS, "one-stage": 3}  # in this epoch; the first 2 search
 
 # Ends a run when it has written the rows of an epoch, and not its checkpoint.
@@ -121,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, loop):
     assert_same_run(folder / "run", tmp_path / "run")
 
 
-@pytest.mark.parametrize("loop", ["one-stage", "training", "imagenet"])
+@pytest.mark.parametrize("loop", ["one-stage", "training", "imagenet", "one-stage imagenet"])
 def test_the_cpu_measures_the_same_network_alike(whole, loop):
     folder, _ = whole(loop)
     flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
