@@ -45,6 +45,7 @@ class Graphed:
                 own.copy_(x)
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
+                # Meanwhile a thread of imagenet's loader may pin memory, which is no part of it.
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.step(*self.inputs)
             self.graph.replay()

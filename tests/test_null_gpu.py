@@ -171,6 +171,15 @@ def test_graphs_end_with_the_values_of_the_same_steps(whole, tmp_path, loop, bef
         assert_same(*(state(place / "run/checkpoint.pt")["net"] for place in (folder, tmp_path)))
 
 
+def test_graphs_are_recorded_while_a_thread_pins_images(whole, tmp_path):
+    folder, _ = whole("one-stage imagenet")
+    (tmp_path / "images").symlink_to(folder / "images")
+    flags = ["--epochs", 1, "--max_search_epochs", 1, "--cuda_graphs", "--save", "run"]
+    run(*LOOPS["one-stage imagenet"], *flags, cwd=tmp_path, launcher=GPU)
+    eager, graphs = (rows(place / "run/metrics.jsonl")[0] for place in (folder, tmp_path))
+    assert graphs["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4)
+
+
 # A drop-path that counts on the device which samples to drop, since the null GPU draws other random
 # numbers in a graph. As random masks do, its masks differ from call to call and from step to step.
 COUNTED = f"""
