@@ -13,11 +13,16 @@ what runs, and an operation that is not known stays as it is. All of it is exact
 * On a CPU, oneDNN has kernels for all the convolutions here but not for all their gradients, and
   without one it is up to 30 times slower: gradients are put together from kernels that it has.
   All tensors are in channels-last memory there, where a 1×1 convolution is a product of matrices.
+* On Linux, memory that a step frees stays with the process, in huge pages.
 * On CUDA a step is bound by its launches: BatchNorm gets a γ and a β in any case, for cuDNN's one
   kernel instead of torch's three, and nothing counts batches.
 """
 
+import ctypes
+import functools
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +47,8 @@ def accelerate(net):
     nn.Module
         The same network.
     """
+    if all(p.is_cpu for p in net.parameters()):
+        keep_memory()
     for module in net.modules():
         module.__class__ = FASTER.get(type(module), type(module))
     return net
@@ -62,6 +69,34 @@ def once_a_pass(x, name, compute):
     if getattr(x, name, (None,))[0] != state:
         setattr(x, name, (state, compute(x)))
     return getattr(x, name)[1]
+
+
+@functools.cache
+def keep_memory():
+    """Have freed memory stay with the process, and lie in huge pages, as far as Linux lets us.
+
+    A step asks for the same gigabyte again and again. By default each large tensor is mapped anew
+    and zeroed in pages of 4 KiB, which the processor then looks up one by one. On an Intel Xeon, a
+    virtual machine, pages of 2 MiB take 12 % off the CPU time of a two-stage and of a one-stage
+    step and 20 % off that of a retraining step.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):  # of glibc
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    start = libc.malloc(HEAP)  # addresses alone: no page is there before it is written to
+    if start:
+        libc.free(start)
+        whole = -(-start // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(whole, HEAP - HUGE_PAGE, MADV_HUGEPAGE)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -4, 14  # malloc.h, mman.h
+HUGE_PAGE, HEAP = 2 << 20, 4 << 30  # bytes; beyond this heap, pages are small
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,7 +237,7 @@ class _Separable(torch.autograd.Function):
         g, g_scale, g_shift = _batch_norm_gradients(g, y, scale, mean, invstd, ctx.eps, need_norm)
         g_x = g_depth = g_point = None
         if need_point:
-            g_point = (_pixels(g).T @ _pixels(between)).view_as(w_point)
+            g_point = _pointwise_weight_gradient(g, between, w_point)
         g = _pointwise(g, w_point.transpose(0, 1))
         if need_x:
             g_x = _depthwise_input_gradient(g, x, w_depth, stride, dilation)
@@ -343,7 +378,7 @@ class _Pointwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = _pointwise(g, weight.transpose(0, 1))
         if ctx.needs_input_grad[1]:
-            g_weight = (_pixels(g).T @ _pixels(x)).view_as(weight)
+            g_weight = _pointwise_weight_gradient(g, x, weight)
         return g_x, g_weight
 
 
@@ -351,8 +386,26 @@ def _in_bfloat16():
     return torch.is_autocast_enabled("cpu")
 
 
+def _is_intel():
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+
+
+# A product of thin matrices by MKL takes as long as oneDNN's convolution on an Intel Xeon, and 1.7
+# to 2.7 times as long on an AMD EPYC, where a two-stage step gained 19 % (retraining: 18 %).
+ONEDNN = torch.backends.mkldnn.is_available() and not _is_intel()
+
+
 def _pointwise(x, weight):
+    if ONEDNN and x.dtype == torch.float32:  # F.conv2d does not take it for batches below 16
+        return torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def _pointwise_weight_gradient(g, x, weight):
+    if ONEDNN and x.dtype == torch.float32 and len(x) >= 16:
+        return _undilated_gradients(g, x, weight, 1, (0, 0), (False, True), groups=1)[1]
+    return (_pixels(g).T @ _pixels(x)).view_as(weight)
 
 
 def _pixels(x):
@@ -415,11 +468,11 @@ def _columns(x, first, last):
     return y
 
 
-def _undilated_gradients(g, x, weight, stride, padding, wanted):
-    """Gradients of the input and the weight of a depthwise convolution, as far as wanted."""
+def _undilated_gradients(g, x, weight, stride, padding, wanted, groups=None):
+    """Gradients of the input and the weight of a (depthwise) convolution, as far as wanted."""
     return torch.ops.aten.convolution_backward(
-        g, x, weight, None, (stride, stride), padding, (1, 1), False, (0, 0), len(weight),
-        (*wanted, False),
+        g, x, weight, None, (stride, stride), padding, (1, 1), False, (0, 0),
+        groups or len(weight), (*wanted, False),
     )
 
 

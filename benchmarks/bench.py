@@ -6,8 +6,9 @@
 Ours are the epoch functions of `search.py` and `train.py` on the network that `fast.accelerate`
 returns, with random images. The plain form is the network itself, in contiguous memory, with a
 step written in the most obvious way: `plain_step`. As seconds change with the machine and with
-what else it does, all forms run by turns in one process, and what counts is the ratio. Figures are
-medians of the repetitions. Memory is the peak of a process of its own (on CUDA: of its tensors).
+what else it does, all forms run by turns, and what counts is the ratio. Each form has a process of
+its own, as it has in use, for `fast.accelerate` also changes how a process gets its memory. Figures
+are medians of the repetitions. Memory is the peak of that process (on CUDA: of its tensors).
 On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other multiply the noise.
 """
 
@@ -263,11 +264,45 @@ def saved_bytes(run, net, device):
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
-def peak_memory(kind, form, device):
-    """GiB before there is a network, and at the peak of 3 steps, in a process of its own."""
-    command = [sys.executable, __file__, "--device", str(device), "--memory_of", kind, form.name]
-    command += ["--threads", str(torch.get_num_threads())]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+class FormProcess:
+    """A process of its own that trains in one form: a call trains a step, and returns its time.
+
+    Attributes
+    ----------
+    before, peak : float
+        GiB before there is a network, and at the peak of 3 steps.
+    syncs : int or None
+        Host syncs in a step, without those at the end of an epoch; None in a CUDA graph.
+    """
+
+    def __init__(self, kind, form, device):
+        command = [sys.executable, __file__, "--device", str(device), "--serve", kind, form.name]
+        command += ["--threads", str(torch.get_num_threads())]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, **pipes)
+        self.before, self.peak, self.syncs = json.loads(self.process.stdout.readline())
+
+    def __call__(self):
+        print(file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def end(self):
+        self.process.communicate()
+
+
+def serve(kind, form, device):
+    """The other side of a `FormProcess`."""
+    before = utils.peak_memory(device)
+    net, run = build(kind, form, device)
+    run(3, Clock(device))
+    peak, syncs = utils.peak_memory(device), None
+    if not form.cuda_graphs:
+        one, two = (host_syncs(run, n, Clock(device), device=device) for n in (1, 2))
+        syncs = two - one
+    timer = step_timer(run, device)
+    print(json.dumps([before, peak, syncs]), flush=True)
+    for _ in sys.stdin:
+        print(timer(), flush=True)
 
 
 class Table:
@@ -295,25 +330,24 @@ class Table:
 
 def measure_steps(table, device, repetitions):
     """Time, peak memory and host syncs of the three steps, in all forms."""
-    # Memory first, while this process is small: a child inherits the peak of its parent.
+    # First of all, while this process is small: a child inherits the peak of its parent.
     every, of = forms(device), "the tensors" if device.type == "cuda" else "the process"
-    memory = {kind: [peak_memory(kind, form, device) for form in every] for kind in KINDS}
     for kind, title in KINDS.items():
         table.title(title)
-        runs = [build(kind, form, device)[1] for form in every]
-        times = by_turns([step_timer(run, device) for run in runs], repetitions)
-        for i, form in enumerate(every):
-            before, peak = memory[kind][i]
+        processes = [FormProcess(kind, form, device) for form in every]
+        times = by_turns(processes, repetitions)
+        for i, (form, process) in enumerate(zip(every, processes, strict=True)):
+            process.end()
             table.add(f"time, {form.name}", 1e3 * times[:, i], "ms")
-            table.add(f"  peak memory of {of}", peak, "GiB")
+            table.add(f"  peak memory of {of}", process.peak, "GiB")
             if device.type != "cuda":
-                table.add("    of it before there is a network", before, "GiB")
+                table.add("    of it before there is a network", process.before, "GiB")
             if not form.is_plain:
                 table.add("  time, share of the plain form", times[:, i] / times[:, 1])
-                table.add("  peak memory, share of the plain form", peak / memory[kind][1][1])
-            if not form.cuda_graphs:  # without those at the end of an epoch
-                one, two = (host_syncs(runs[i], n, Clock(device), device=device) for n in (1, 2))
-                table.add("  host syncs", two - one)
+                table.add("  peak memory, share of the plain form",
+                          process.peak / processes[1].peak)
+            if process.syncs is not None:
+                table.add("  host syncs", process.syncs)
 
 
 def measure_recovery(table, device, repetitions):
@@ -449,16 +483,14 @@ def main():
     parser.add_argument("--threads", type=int, help="of the CPU (default: as torch chooses)")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--out", metavar="FILE", help="write the figures to a JSON as well")
-    parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = utils.choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        kind, name = args.memory_of
-        before, form = utils.peak_memory(device), {form.name: form for form in forms(device)}[name]
-        build(kind, form, device)[1](3, Clock(device))
-        print(json.dumps([before, utils.peak_memory(device)]))
+    if args.serve:
+        kind, name = args.serve
+        serve(kind, {form.name: form for form in forms(device)}[name], device)
         return
 
     about, table = machine(device), Table()

@@ -3,11 +3,14 @@
 import copy
 import itertools
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import ROOT
 from torch import nn
 
 import fast
@@ -261,6 +264,24 @@ def test_an_input_may_be_used_again():
             same(x, "in inference mode")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_freed_memory_stays():
+    """In a process of its own: tensors that follow one another take no new pages."""
+    script = """
+import resource, torch
+import fast
+fast.accelerate(torch.nn.Linear(2, 2))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+assert faults() < 100, faults()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
 # ------------------------------------------------------------------------------------------------
 # Networks
 # ------------------------------------------------------------------------------------------------
@@ -277,9 +298,12 @@ def test_two_stage(seed):
     compare(net, x, y)
 
 
-def test_float32():
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("n", [4, 16])  # oneDNN has weight gradients of its own from 16 on
+def test_float32(monkeypatch, onednn, n):
+    monkeypatch.setattr(fast, "ONEDNN", onednn)
     net = randomized(Network(12, 10, 3), 2)
-    x, y = batch(dtype=torch.float32)
+    x, y = batch(n, dtype=torch.float32)
     compare(net, x, y, fixed="weights")
     compare(net, x, y, fixed="points")
 
