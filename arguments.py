@@ -315,7 +315,7 @@ def add_shared(parser):
     group.add_argument(
         "--batch_size", type=whole(1), metavar="IMAGES", help="images in a step, of each rank")
     group.add_argument(
-        "--workers", type=whole(0), default=2, metavar="N",
+        "--workers", type=whole(0, 1024), default=2, metavar="N",
         help="threads that read image files; for imagenet, processes")
     switch(group, "cutout", "cut a square out of each training image")
     group.add_argument(
@@ -324,7 +324,7 @@ def add_shared(parser):
     group = parser.add_argument_group("network")
     group.add_argument(
         "--init_channels", type=whole(1), metavar="C", help="channels of the first cells")
-    group.add_argument("--layers", type=whole(1), metavar="CELLS", help="number of cells")
+    group.add_argument("--layers", type=whole(1, 1000), metavar="CELLS", help="number of cells")
     switch(group, "auxiliary", "train with an auxiliary head")
     group.add_argument(
         "--auxiliary_weight", type=real(0), default=0.4, metavar="WEIGHT",

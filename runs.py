@@ -77,10 +77,10 @@ def command(prog):
         if distributed.rank() == 0:
             print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
         sys.exit(128 + signum)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         if utils.is_out_of_memory(error):
             arguments.fail(prog, "there is too little memory for this: give a smaller "
-                           "--batch_size, --init_channels or --image_size")
+                           "--batch_size, --init_channels, --layers or --image_size")
         if not distributed.is_loss(error):
             raise
         reason = str(error).splitlines()[0]

@@ -87,8 +87,13 @@ def read_run(path):
         last = searching[-1]
         if last is not metrics[-1] or all(last.get("frozen") or [False]):
             end = last["epoch"]
-    name = os.path.basename(os.path.abspath(path))
+    name = literal(os.path.basename(os.path.abspath(path)))
     return Record(path, name, config, metrics, history, genotype, search, one_stage, end)
+
+
+def literal(text):
+    """A text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
 
 
 def _rows(path):
@@ -208,7 +213,7 @@ def compare_figure(records):
     panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
     late = {kind: [] for kind in kinds}
     for i, group in enumerate(groups):
-        label = f"{group[0].path} ({len(group)} seeds)" if len(group) > 1 else group[0].path
+        label = literal(group[0].path) + f" ({len(group)} seeds)" * (len(group) > 1)
         for run in group:
             kind, epochs, values = _accuracy(run)
             late[kind] += values[len(values) // 3 :]  # what is lower is not worth the height
@@ -401,7 +406,7 @@ def main(args):
         name = "cells" if title in (None, "genotype.json") else title.removesuffix(".json")
         folder = os.path.dirname(spec) if os.path.isfile(spec) else ""
         paths = [args.output or os.path.join(folder, name.replace(":", "-") + ".png")]
-        save(cells_figure(genotype, title, stacked=args.stacked), paths[0])
+        save(cells_figure(genotype, literal(title or ""), stacked=args.stacked), paths[0])
     print("\n".join(paths))
 
 

@@ -106,6 +106,7 @@ EARLY = [
     (search("--batch_size", "0"), "at least 1"),
     (search("--init_channels", "0"), "at least 1"),
     (search("--layers", "0"), "at least 1"),
+    (search("--layers", "100000"), "at most 1000"),
     (search("--learning_rate", "-0.1"), "number in [0, inf)"),
     (search("--learning_rate", "nan"), "number in"),
     (search("--learning_rate", "inf"), "number in"),
@@ -145,6 +146,7 @@ EARLY = [
     (search("--image_size", "0"), "at least 4"),
     (search("--seed", "-1"), "at least 0"),
     (search("--workers", "-1"), "at least 0"),
+    (search("--workers", str(2**31 - 1)), "at most 1024"),  # of threads
     (search("--report_freq", "0"), "at least 1"),
     (search("--dataset", "mnist"), "invalid choice"),
     (search("--dataset", "imagefolder", "--data", "no_such_folder"), "not a folder"),

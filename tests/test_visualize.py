@@ -200,6 +200,18 @@ def test_bars_show_the_pairs(tmp_path):
             assert [to_hex(p.get_facecolor()).upper() for p in here] == expected
 
 
+def test_a_name_is_no_formula(tmp_path, script):
+    names = "$x_{$", "$\\alpha$"
+    for k, name in enumerate(names):
+        make_run(tmp_path / name, batch_size=k)
+    script(*names, "-o", "compare.svg")
+    shown = (tmp_path / "compare.svg").read_text()
+    assert all(f"<!-- {name} -->" in shown for name in names)
+    assert len(script(names[0])) == 3
+    genotypes.save(tmp_path / "$x_{$.json", genotypes.ISTA_twostage, False)
+    assert script("$x_{$.json") == ["$x_{$.png"]
+
+
 def genotype_of(cell):
     return genotypes.Genotype(cell, range(2, 6), cell, range(2, 6))
 
