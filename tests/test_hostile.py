@@ -196,7 +196,17 @@ DAMAGE = [
     ("two", ("weight_optimizer", "param_groups"), []),
     ("two", ("arch_optimizer", "state"), {}),
     ("two", ("arch_optimizer", "state", 3, "exp_avg"), ...),
+    ("two", ("row", "restless"), -1),
+    ("two", ("net", "stem.0.weight"), torch.zeros(6, 3, 3, 3, dtype=torch.int64)),
+    ("two", ("net", "stem.0.weight"), torch.full((6, 3, 3, 3), torch.nan)),
+    ("two", ("net", "normal_code.z0"), torch.ones(14, dtype=torch.float64)),
+    ("two", ("net", "normal_code.S"), -torch.ones(4, 2, dtype=torch.int64)),
+    ("two", ("net", "normal_code.frozen"), torch.ones(4, dtype=torch.bool)),
+    ("two", ("weight_optimizer", "state", 0, "momentum_buffer"), None),
+    ("two", ("arch_optimizer", "state", 3, "step"), torch.tensor(-1.0)),
     ("train", ("best",), "x"),
+    ("train", ("best",), torch.nan),
+    ("train", ("weights", "stem.1.bias"), torch.zeros(6, dtype=torch.int64)),
     ("train", ("config", "layers"), 2**30),  # would be built without end
     ("train", ("config", "genotype", "normal"), []),
     ("train", ("weights",), {}),
@@ -306,12 +316,13 @@ def test_what_cannot_be_is_refused(here, monkeypatch, command, says):
     assert not Path("runs").exists()
 
 
-def test_weights_that_are_not_finite_are_called_so(here):
+@pytest.mark.parametrize(("value", "says"), [(torch.nan, "holds NaN"), (3e38, "is not finite")])
+def test_weights_without_a_finite_loss_are_called_so(here, value, says):
     state = torch.load("train/network.pt", weights_only=True)
-    state["weights"]["stem.0.weight"].fill_(torch.nan)
+    state["weights"]["classifier.weight"][0] = value
     put("train", state, "network.pt")
     err = refused(*EVAL)
-    assert "not finite" in err and "NaN" in err and "learning_rate" not in err
+    assert says in err and "learning_rate" not in err
 
 
 @pytest.mark.parametrize(("flags", "blamed"), [
