@@ -57,8 +57,9 @@ def weight(value):
 
 
 def of_channels(value):
-    """Whether this is a list of a number for each of the 3 channels."""
-    return isinstance(value, list) and [type(x) for x in value] == 3 * [float]
+    """Whether this is a list of a number in [0, 1] for each of the 3 channels."""
+    is_three = isinstance(value, list) and [type(x) for x in value] == 3 * [float]
+    return is_three and all(0 <= x <= 1 for x in value)
 
 
 OPTIMIZER = {"state": {int: {str: (None, weight)}}, "param_groups": [{"params": [int]}]}
@@ -387,6 +388,9 @@ def check_config(state, path):
         for key, value in shape_of(state["weights"]).items():
             if state["config"][key] != value:
                 raise ValueError(f"{key} is {state['config'][key]}, but the weights have {value}")
+        classes = state.get("about", {}).get("classes")
+        if classes and len(classes) != state["config"]["num_classes"]:
+            raise ValueError(f"it names {len(classes)} classes")
         try:
             genotypes.from_lists(state["config"]["genotype"])
         except UserError as error:  # an operation, say, that is not here

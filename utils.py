@@ -133,9 +133,11 @@ def keep_to_memory():
     Else many small ones may together be granted more than there is, until the kernel kills some
     process without a word.
     """
-    if resource and resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY:
+    if resource:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.RLIM_INFINITY))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY or memory < soft:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
 
 
 def is_usable(name):
