@@ -76,6 +76,7 @@ NETWORK = {  # what a network.pt holds
     "config": {
         "imagenet": bool, "C": count, "num_classes": count, "layers": count, "auxiliary": bool,
         "one_stage": bool, "genotype": {key: list for key in genotypes.Genotype._fields},
+        str: lambda value: False,  # and nothing else
     },
     "weights": {str: weight},
     "args": {"dataset": arguments.DATASETS.__contains__, "data": str, "image_size": count},

@@ -184,6 +184,8 @@ DAMAGE = [
     ("train", ("weights", "stem.1.bias"), torch.zeros(6, dtype=torch.int64)),
     ("train", ("config", "layers"), 2**30),  # would be built without end
     ("train", ("config", "genotype", "normal"), []),
+    ("train", ("config", "extra"), 1),
+    ("train", ("config", 3), 1),
     ("train", ("weights",), {}),
     ("train", ("optimizer", "state", 5), ...),
 ]
