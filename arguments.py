@@ -407,6 +407,8 @@ def check_train(args):
     """Raise UserError on flags that cannot be right."""
     check_shared(args)
     if args.arch is not None:
+        if os.path.exists(args.arch) and not os.path.isdir(args.arch):
+            check_file("--arch", args.arch)  # reading from a pipe would wait for ever
         genotypes.load(args.arch)
     if args.weights is not None:
         check_file("--weights", args.weights)

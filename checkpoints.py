@@ -87,7 +87,8 @@ NETWORK = {  # what a network.pt holds
 }
 CHECKPOINTS = {
     "search": {
-        **RUN, "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
+        **RUN, "args": {"proj_dims": count, "sparseness": count, "lam": float, str: plain},
+        "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
         "arch_optimizer": OPTIMIZER,
     },
     "train": {**RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "best": percent,

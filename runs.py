@@ -230,7 +230,7 @@ class Run:
         """
         for path in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
             kept = []
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with writing(path), open(path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     with contextlib.suppress(ValueError, KeyError, TypeError):
                         if json.loads(line)["epoch"] <= epoch:

@@ -1,6 +1,7 @@
 """Wrong uses of the scripts: one line on standard error, exit status 2, nothing written."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -76,6 +77,7 @@ def place(tmp_path_factory):
     (place / "bad_operation.json").write_text(json.dumps({**record, "normal": [["conv", 0]] * 8}))
     (place / "half.json").write_text((place / "search/genotype.json").read_text()[:200])
     (place / "text.txt").write_text("hello")
+    os.mkfifo(place / "pipe")
     return place
 
 
@@ -165,6 +167,7 @@ EARLY = [
     (train("--arch", "bad_operation.json"), "no operation 'conv'"),
     (train("--arch", "text.txt"), "text.txt"),
     (train("--arch", "nothing"), "nothing"),
+    (train("--arch", "pipe"), "no such file"),
     (train("--arch", GOOD[:-40]), "malformed"),
     (train("--arch", GOOD.replace("'skip_connect', 0", "'skip_connect', 9")), "node 2"),
     (train("--arch", GOOD.replace("sep_conv_3x3", "sep_conv_7x7")), "sep_conv_7x7"),

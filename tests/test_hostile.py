@@ -242,6 +242,12 @@ def test_a_checkpoint_of_another_run_is_refused(here):
     assert "config.json is damaged" in refused("search.py", "--resume", "work")
 
 
+def test_a_folder_in_place_of_metrics_is_named(here):
+    put("two", torch.load("two/checkpoint.pt", weights_only=True))
+    os.mkdir("work/metrics.jsonl")
+    assert "work/metrics.jsonl could not be" in refused("search.py", "--resume", "work")
+
+
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_search_among_other_operations_is_not_resumed(here, monkeypatch, is_old):
     state = torch.load("two/checkpoint.pt", weights_only=True)
