@@ -240,7 +240,7 @@ def get_search_parser(description):
         "--arch_weight_decay", type=real(0), default=1e-3, metavar="L2",
         help="weight decay of Adam on b")
     group.add_argument(
-        "--proj_dims", type=whole(1, 10_000), default=7, metavar="M", help="m, the length of b")
+        "--proj_dims", type=whole(1, 1000), default=7, metavar="M", help="m, the length of b")
     group.add_argument(
         "--sparseness", type=whole(1), default=2, metavar="S",
         help="s, the (edge, operation) pairs that each node keeps")
@@ -390,6 +390,8 @@ def check_search(args):
     for name in unread:
         if name in args.typed:
             raise UserError(f"--{name}: {search} search does not read it; leave it out")
+    if args.cuda_graphs and args.recover_every != "epoch":
+        raise UserError("--cuda_graphs records a step for a whole epoch: leave out --recover_every")
     if args.sparseness > args.proj_dims:
         raise UserError(
             f"--sparseness {args.sparseness}: a code has at most --proj_dims {args.proj_dims} "

@@ -287,7 +287,7 @@ WRONG = [
     ([*TWO_STAGE, "--init_channels", "9" * 20], "at most 2147483647"),
     ([*TWO_STAGE, "--image_size", "100000"], "at most 32768"),
     ([*TWO_STAGE, "--image_size", "32768", "--data", "many"], "too little memory"),
-    ([*TWO_STAGE, "--proj_dims", "100000000"], "at most 10000"),
+    ([*TWO_STAGE, "--proj_dims", "2000"], "at most 1000"),
     ([*TWO_STAGE, "--learning_rate", "1e300"], "1e38"),
     ([*TWO_STAGE, "--seed", str(2**64)], "at most"),
     ([*TWO_STAGE, "--device", "meta"], "--device meta"),

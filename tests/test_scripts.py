@@ -231,6 +231,7 @@ def test_one_stage_search_ends_in_a_trained_network(one_stage):
     ).groups()
     assert before == after
     assert "parameters freed" in stdout or "frees" in stdout
+    assert "from here on drop-path rises to 0.2, which lowers the training accuracy" in stdout
     evaluate, train = next_commands(stdout)
     assert f"test accuracy {after} %" in run(*evaluate, cwd=folder).stdout
     done = run(*train, "--epochs", 1, "--batch_size", 480, "--save", "more", cwd=folder)
