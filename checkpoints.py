@@ -33,21 +33,11 @@ def count(value, least=1):
     return type(value) is int and least <= value < 2**31
 
 
-def percent(value):
-    """Whether this can be an accuracy."""
-    return type(value) in (int, float) and 0 <= value <= 100
-
-
 def plain(value):
     """Whether JSON can hold this."""
     if isinstance(value, list):
         return all(map(plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def positive(value):
-    """Whether this is a tensor of positive numbers."""
-    return isinstance(value, Tensor) and bool((value > 0).all())
 
 
 def weight(value):
@@ -91,12 +81,17 @@ CHECKPOINTS = {
         "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
         "arch_optimizer": OPTIMIZER,
     },
-    "train": {**RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "best": percent,
-              "optimizer": OPTIMIZER},
+    "train": {
+        **RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "optimizer": OPTIMIZER,
+        "best": lambda x: type(x) in (int, float) and 0 <= x <= 100,
+    },
 }
 MEMORY = {  # what an optimizer remembers of a parameter
     torch.optim.SGD: {"momentum_buffer": Tensor},
-    torch.optim.Adam: {"step": positive, "exp_avg": Tensor, "exp_avg_sq": Tensor},
+    torch.optim.Adam: {
+        "step": lambda t: weight(t) and bool((t > 0).all()), "exp_avg": Tensor,
+        "exp_avg_sq": Tensor,
+    },
 }
 
 
