@@ -245,7 +245,7 @@ def get_search_parser(description):
         "--arch_weight_decay", type=real(0), default=1e-3, metavar="L2",
         help="weight decay of Adam on b")
     group.add_argument(
-        "--proj_dims", type=whole(1, 10_000), default=7, metavar="M", help="m, the length of b")
+        "--proj_dims", type=whole(1, 1000), default=7, metavar="M", help="m, the length of b")
     group.add_argument(
         "--sparseness", type=whole(1), default=2, metavar="S",
         help="s, the (edge, operation) pairs that each node keeps")
@@ -322,7 +322,7 @@ def add_shared(parser):
     group.add_argument(
         "--batch_size", type=whole(1), metavar="IMAGES", help="images in a step, of each rank")
     group.add_argument(
-        "--workers", type=whole(0), default=2, metavar="N",
+        "--workers", type=whole(0, 1024), default=2, metavar="N",
         help="threads that read image files; for imagenet, processes")
     switch(group, "cutout", "cut a square out of each training image")
     group.add_argument(
@@ -331,7 +331,7 @@ def add_shared(parser):
     group = parser.add_argument_group("network")
     group.add_argument(
         "--init_channels", type=whole(1), metavar="C", help="channels of the first cells")
-    group.add_argument("--layers", type=whole(1), metavar="CELLS", help="number of cells")
+    group.add_argument("--layers", type=whole(1, 1000), metavar="CELLS", help="number of cells")
     switch(group, "auxiliary", "train with an auxiliary head")
     group.add_argument(
         "--auxiliary_weight", type=real(0), default=0.4, metavar="WEIGHT",
@@ -399,6 +399,8 @@ def check_search(args):
     for name in unread:
         if name in args.typed:
             raise UserError(f"--{name}: {search} search does not read it; leave it out")
+    if args.cuda_graphs and args.recover_every != "epoch":
+        raise UserError("--cuda_graphs records a step for a whole epoch: leave out --recover_every")
     if args.sparseness > args.proj_dims:
         raise UserError(
             f"--sparseness {args.sparseness}: a code has at most --proj_dims {args.proj_dims} "
@@ -416,6 +418,8 @@ def check_train(args):
     """Raise UserError on flags that cannot be right."""
     check_shared(args)
     if args.arch is not None:
+        if os.path.exists(args.arch) and not os.path.isdir(args.arch):
+            check_file("--arch", args.arch)  # reading from a pipe would wait for ever
         genotypes.load(args.arch)
     if args.weights is not None:
         check_file("--weights", args.weights)

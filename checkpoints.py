@@ -28,9 +28,9 @@ from utils import UserError, is_out_of_memory, replacing
 MISSING = object()
 
 
-def count(value):
-    """Whether this is a whole number from 1."""
-    return type(value) is int and 1 <= value < 2**31
+def count(value, least=1):
+    """Whether this is a whole number from 1, or another one."""
+    return type(value) is int and least <= value < 2**31
 
 
 def plain(value):
@@ -42,20 +42,21 @@ def plain(value):
 
 def weight(value):
     """Whether this is a tensor that a network could hold."""
-    return isinstance(value, Tensor) and not value.is_complex()
+    is_real = isinstance(value, Tensor) and not value.is_complex()
+    return is_real and bool(value.isfinite().all())
 
 
 def of_channels(value):
-    """Whether this is a list of a number for each of the 3 channels."""
-    return isinstance(value, list) and [type(x) for x in value] == 3 * [float]
+    """Whether this is a list of a number in [0, 1] for each of the 3 channels."""
+    is_three = isinstance(value, list) and [type(x) for x in value] == 3 * [float]
+    return is_three and all(0 <= x <= 1 for x in value)
 
 
-NUMBER = (int, float)
-OPTIMIZER = {"state": {int: dict}, "param_groups": [{"params": [int]}]}
+OPTIMIZER = {"state": {int: {str: (None, weight)}}, "param_groups": [{"params": [int]}]}
 RUN = {  # what the checkpoints of both scripts hold
     "args": {str: plain},
     "epoch": count,
-    "row": {"epoch": count, "restless": (MISSING, int), str: plain},
+    "row": {"epoch": count, "restless": (MISSING, lambda n: count(n, 0)), str: plain},
     "random": [{
         "python": list, "numpy": list, "torch": Tensor, "cuda": (None, Tensor), "data": Tensor,
     }],
@@ -65,6 +66,7 @@ NETWORK = {  # what a network.pt holds
     "config": {
         "imagenet": bool, "C": count, "num_classes": count, "layers": count, "auxiliary": bool,
         "one_stage": bool, "genotype": {key: list for key in genotypes.Genotype._fields},
+        str: lambda value: False,  # and nothing else
     },
     "weights": {str: weight},
     "args": {"dataset": arguments.DATASETS.__contains__, "data": str, "image_size": count},
@@ -75,15 +77,21 @@ NETWORK = {  # what a network.pt holds
 }
 CHECKPOINTS = {
     "search": {
-        **RUN, "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
+        **RUN, "args": {"proj_dims": count, "sparseness": count, "lam": float, str: plain},
+        "schedule_start": (None, int), "net": {str: weight}, "weight_optimizer": OPTIMIZER,
         "arch_optimizer": OPTIMIZER,
     },
-    "train": {**RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "best": NUMBER,
-              "optimizer": OPTIMIZER},
+    "train": {
+        **RUN, **NETWORK, "args": {**NETWORK["args"], str: plain}, "optimizer": OPTIMIZER,
+        "best": lambda x: type(x) in (int, float) and 0 <= x <= 100,
+    },
 }
 MEMORY = {  # what an optimizer remembers of a parameter
-    torch.optim.SGD: {"momentum_buffer": (None, Tensor)},
-    torch.optim.Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
+    torch.optim.SGD: {"momentum_buffer": Tensor},
+    torch.optim.Adam: {
+        "step": lambda t: weight(t) and bool((t > 0).all()), "exp_avg": Tensor,
+        "exp_avg_sq": Tensor,
+    },
 }
 
 
@@ -116,7 +124,8 @@ def departure(value, form, name):
 
 def _short(value):
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        bad = "" if weight(value) else " that holds NaN, infinite or complex numbers"
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}{bad}"
     text = repr(value)
     return f"a {type(value).__name__}" if len(text) > 40 else text
 
@@ -137,8 +146,9 @@ def taking(path):
 
 def check(state, form, path):
     """Raise UserError unless a file's content is of a form."""
-    if found := departure(state, form, ""):
-        raise UserError(f"{path} is damaged: {found.strip()}")
+    with taking(path):
+        if found := departure(state, form, ""):
+            raise ValueError(found.strip())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,7 +269,7 @@ def load_run(path, kind):
             is_right = (start is not None) == bool(frozen.all())
             is_right = is_right and (start is None or 1 <= start <= state["epoch"])
         else:
-            is_right = start == 0
+            is_right = start == 0 and not frozen.any()
         if not is_right:
             raise ValueError(f"schedule_start cannot be {start}")
         here, then = genotypes.PRIMITIVES, state.get("primitives")
@@ -316,7 +326,11 @@ def load_supernet(net, weights, path):
         if then != now:
             raise UserError(f"the run in {path} tells {then} classes apart, but the data has {now}")
         net.prune_like(weights)
+        _check_like(weights, net.state_dict(), "net")
         net.load_state_dict(weights)
+        for code in net.codes:
+            if code.choose([z.numpy() for z in code.z])[0] != code.support:
+                raise ValueError("the support is not that of the codes")
 
 
 def load_optimizer(optimizer, state, complete=True):
@@ -339,18 +353,25 @@ def load_optimizer(optimizer, state, complete=True):
     if [g["params"] for g in groups] != [g["params"] for g in state["param_groups"]]:
         raise ValueError("the optimizer had other parameters")
     parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
-    if optimizer.defaults.get("momentum", 1):  # without momentum SGD remembers nothing
-        if lost := {*(parameters if complete else [0])} - state["state"].keys():
-            raise ValueError(f"the optimizer's state {min(lost)} is missing")
-    for index, memory in state["state"].items():
-        found = departure(memory, MEMORY[type(optimizer)], f"the optimizer's state {index}")
+    remembers = optimizer.defaults.get("momentum", 1)  # without momentum SGD does not
+    memories = state["state"] if remembers else {}
+    if remembers and (lost := {*(parameters if complete else [0])} - memories.keys()):
+        raise ValueError(f"the optimizer's state {min(lost)} is missing")
+    for index, memory in memories.items():
+        name = f"the optimizer's state {index}"
+        found = departure(memory, MEMORY[type(optimizer)], name)
         if found or index not in parameters:
             raise ValueError(found or f"the optimizer has no parameter {index}")
-        for name, value in memory.items():
-            shape = () if name == "step" else parameters[index].shape
-            if value is not None and value.shape != shape:
-                raise ValueError(f"the optimizer's {name} {index} is {_short(value)}")
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        like = {**dict.fromkeys(memory, parameters[index]), "step": torch.ones(())}
+        _check_like(memory, like, name)
+    optimizer.load_state_dict({"state": memories, "param_groups": groups})
+
+
+def _check_like(tensors, others, name):
+    """Raise ValueError where a tensor is not of the shape and type of its namesake."""
+    for key in tensors.keys() & others.keys():
+        if (tensors[key].shape, tensors[key].dtype) != (others[key].shape, others[key].dtype):
+            raise ValueError(f"{name} {key} cannot be {_short(tensors[key])}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -364,6 +385,9 @@ def check_config(state, path):
         for key, value in shape_of(state["weights"]).items():
             if state["config"][key] != value:
                 raise ValueError(f"{key} is {state['config'][key]}, but the weights have {value}")
+        classes = state.get("about", {}).get("classes")
+        if classes and len(classes) != state["config"]["num_classes"]:
+            raise ValueError(f"it names {len(classes)} classes")
         try:
             genotypes.from_lists(state["config"]["genotype"])
         except UserError as error:  # an operation, say, that is not here
@@ -418,6 +442,11 @@ def load_weights(net, weights, path):
     """
     if not net.auxiliary:
         weights = {k: v for k, v in weights.items() if not k.startswith("auxiliary_head.")}
+    with taking(path):
+        for key, own in net.state_dict().items():
+            value = weights.get(key, own)
+            if not weight(value) or value.is_floating_point() != own.is_floating_point():
+                raise ValueError(f"{key} cannot be {_short(value)}")
     try:
         missing, unexpected = net.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes that differ

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from utils import UserError
+from utils import UserError, is_out_of_memory
 
 DATASETS = ("cifar10", "cifar100", "digits", "imagefolder")
 CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
@@ -387,9 +387,8 @@ def _enough_memory(device):
     """Say what helps where a data set does not fit into memory: a smaller batch does not."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # of numpy and Pillow; of torch, CUDA's included
-        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_known and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not is_out_of_memory(error):
             raise
         is_cpu = str(device) == "cpu"
         raise UserError(

@@ -77,10 +77,10 @@ def command(prog):
         if distributed.rank() == 0:
             print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
         sys.exit(128 + signum)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         if utils.is_out_of_memory(error):
             arguments.fail(prog, "there is too little memory for this: give a smaller "
-                           "--batch_size, --init_channels or --image_size")
+                           "--batch_size, --init_channels, --layers or --image_size")
         if not distributed.is_loss(error):
             raise
         reason = str(error).splitlines()[0]
@@ -230,7 +230,7 @@ class Run:
         """
         for path in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
             kept = []
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with writing(path), open(path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     with contextlib.suppress(ValueError, KeyError, TypeError):
                         if json.loads(line)["epoch"] <= epoch:

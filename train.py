@@ -60,7 +60,8 @@ def main(args):
 
     net = model.from_config(config)
     if source:
-        checkpoints.load_weights(net, source["weights"], args.weights or args.resume)
+        path = args.weights or arguments.checkpoint_path(args.resume)
+        checkpoints.load_weights(net, source["weights"], path)
     net = fast.accelerate(net.to(device, memory_format=memory_format))
     utils.seed_drop_path(args.seed)
     parameters, multiply_adds = cost(net, args.image_size)

@@ -120,9 +120,24 @@ def choose_device(name, amp=False, cuda_graphs=False):
                 "slower than float32: leave it out, or give --device cpu"
             )
         torch.backends.cudnn.benchmark = True  # a run has few shapes, each of them many times
+    elif device.type == "cpu":
+        keep_to_memory()
     if cuda_graphs and (device.type != "cuda" or distributed.world_size() > 1):
         raise UserError("--cuda_graphs needs a single rank on a CUDA device: leave it out")
     return device
+
+
+def keep_to_memory():
+    """Have an allocation fail that is beyond the machine's memory.
+
+    Else many small ones may together be granted more than there is, until the kernel kills some
+    process without a word.
+    """
+    if resource:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY or memory < soft:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
 
 
 def is_usable(name):
@@ -239,10 +254,9 @@ def is_out_of_memory(error):
     """Whether an error of Python, numpy or torch says that there is too little memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "calculation overflowed" in text
-    )
+    signs = "can't allocate memory", "calculation overflowed", "array is too big"
+    is_candidate = isinstance(error, RuntimeError | ValueError)
+    return is_candidate and any(sign in str(error) for sign in signs)
 
 
 def memory_format(device, amp):

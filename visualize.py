@@ -17,7 +17,6 @@ not end in .png, .svg or .pdf.
 import contextlib
 import hashlib
 import json
-import math
 import os
 from collections import defaultdict, namedtuple
 from statistics import fmean, stdev
@@ -26,6 +25,8 @@ import arguments
 import explain
 import genotypes
 from cells import CELLS, COLUMN, WIDTH, cells_figure, epoch_axis, new_figure, search_figure, style
+from checkpoints import MISSING, count, departure
+from genotypes import NODES
 from utils import UserError, replacing
 
 # ------------------------------------------------------------------------------------------------
@@ -34,6 +35,22 @@ from utils import UserError, replacing
 
 Record = namedtuple("Record", "path name config metrics history genotype search one_stage end")
 Choice = namedtuple("Choice", "epoch genotype weights")  # weights: {"normal": list or None, ...}
+
+
+def of_nodes(value):
+    """Whether this is a list of a number for each node."""
+    numbers = isinstance(value, list) and [x for x in value if isinstance(x, int | float)]
+    return numbers == value and len(value) == 2 * NODES
+
+
+# What is relied on; rows of .jsonl files, and a config.json, that depart from it are left out.
+NUMBER = MISSING, None, int, float
+ROW = {
+    "epoch": count, "seconds": NUMBER, "parameters": NUMBER, "multiply_adds": NUMBER,
+    "distance": (MISSING, None, of_nodes), "frozen": (MISSING, None, of_nodes),
+    **{f"{cell}_weights": (MISSING, None, [int, float]) for cell in CELLS},
+}
+CONFIG = {"epochs": (MISSING, count), "one_stage": (MISSING, bool), "freeze_tol": NUMBER}
 
 
 def read_run(path):
@@ -67,7 +84,8 @@ def read_run(path):
         raise UserError(f"{path}: no epoch has ended yet (metrics.jsonl has no whole row)")
     config, history, genotype, end = {}, [], None, None
     with contextlib.suppress(OSError, ValueError, TypeError), open(files[1]) as file:
-        config = dict(json.load(file))
+        found = dict(json.load(file))
+        config = {} if departure(found, CONFIG, "") else found
     for row in rows:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             weights = {cell: row.get(f"{cell}_weights") for cell in CELLS}
@@ -87,25 +105,31 @@ def read_run(path):
         last = searching[-1]
         if last is not metrics[-1] or all(last.get("frozen") or [False]):
             end = last["epoch"]
-    name = os.path.basename(os.path.abspath(path))
+    name = literal(os.path.basename(os.path.abspath(path)))
     return Record(path, name, config, metrics, history, genotype, search, one_stage, end)
 
 
+def literal(text):
+    """A text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
 def _rows(path):
-    """Rows of a .jsonl file by epoch; the last line may still be on its way to the disk."""
+    """Whole rows of a .jsonl file by epoch; the last may still be on its way to the disk."""
     rows = {}
     with open(path if os.path.exists(path) else os.devnull, errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                rows[int(row["epoch"])] = row
+                if not departure(row, ROW, ""):
+                    rows[row["epoch"]] = row
     return [rows[epoch] for epoch in sorted(rows)]
 
 
 def _series(run, key):
     """Epochs and values of a finite number that some rows have."""
     rows = [row for row in run.metrics if isinstance(row.get(key), int | float)]
-    rows = [row for row in rows if math.isfinite(row[key])]
+    rows = [row for row in rows if abs(row[key]) < 1e38]  # what matplotlib can scale
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
@@ -208,7 +232,7 @@ def compare_figure(records):
     panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
     late = {kind: [] for kind in kinds}
     for i, group in enumerate(groups):
-        label = f"{group[0].path} ({len(group)} seeds)" if len(group) > 1 else group[0].path
+        label = literal(group[0].path) + f" ({len(group)} seeds)" * (len(group) > 1)
         for run in group:
             kind, epochs, values = _accuracy(run)
             first = len(values) // 3 if len(values) > 20 else 0
@@ -393,7 +417,7 @@ def main(args):
                             "is there")
         paths = draw_run(spec, args.output)
     else:
-        if not (os.path.exists(spec) or spec in genotypes.NAMED or "Genotype(" in spec
+        if not (os.path.isfile(spec) or spec in genotypes.NAMED or "Genotype(" in spec
                 or spec.startswith("random:")):
             raise UserError(f"{spec}: there is no such run folder or file, and no genotype has "
                             f"that name ({', '.join(genotypes.NAMED)}, random:SEED)")
@@ -402,7 +426,7 @@ def main(args):
         name = "cells" if title in (None, "genotype.json") else title.removesuffix(".json")
         folder = os.path.dirname(spec) if os.path.isfile(spec) else ""
         paths = [args.output or os.path.join(folder, name.replace(":", "-") + ".png")]
-        save(cells_figure(genotype, title, stacked=args.stacked), paths[0])
+        save(cells_figure(genotype, literal(title or ""), stacked=args.stacked), paths[0])
     print("\n".join(paths))
 
 

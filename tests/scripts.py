@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,7 @@ class Done(NamedTuple):
 
 
 def run(script, *flags, cwd, status=0, pictures=False, launcher=()):
-    """Run a script to its end, in this process where it can be, and check its exit status.
+    """Run a script to its end, in this process where it can be; check its exit status if not None.
 
     Returns
     -------
@@ -112,7 +113,7 @@ def run(script, *flags, cwd, status=0, pictures=False, launcher=()):
         done = Done(process.wait(), process.stdout, process.stderr)
     else:
         done = _run_here(script, [*map(str, flags)], cwd, pictures)
-    assert done.status == status, done.stdout + done.stderr
+    assert status in (None, done.status), done.stdout + done.stderr
     return done
 
 
@@ -163,6 +164,43 @@ F.cross_entropy = linger
 """
 
 
+# Ends a run when it has written the rows of an epoch, and not its checkpoint.
+KILL = f"""
+import os, signal, sys
+sys.path.append({str(ROOT)!r})
+import runs
+save = runs.Run.save_checkpoint
+def save_checkpoint(run, **state):
+    if state["epoch"] == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(run, **state)
+runs.Run.save_checkpoint = save_checkpoint
+"""
+
+
+def killed_in(epoch):
+    """Text of a file that, run first, has a script killed in an epoch: before its checkpoint."""
+    return f"KILLED = {epoch}\n{KILL}"
+
+
+def as_ranks(n):
+    """Texts of files that n ranks run first, to find each other as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        "import os\n"
+        f"os.environ.update(RANK='{rank}', LOCAL_RANK='{rank}', WORLD_SIZE='{n}', "
+        f"LOCAL_WORLD_SIZE='{n}', MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}')\n"
+        for rank in range(n)
+    ]
+
+
+def saved(path):
+    """What a checkpoint or a network file holds."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def rows(path):
     """Objects of a JSON-lines file, without what differs from one machine or hour to the next."""
     return [
@@ -199,8 +237,7 @@ def assert_same_run(a, b):
     for name in ("checkpoint.pt", "network.pt"):
         assert (a / name).exists() == (b / name).exists()
         if (a / name).exists():
-            x, y = (torch.load(path / name, "cpu", weights_only=True) for path in (a, b))
-            assert_same(x, y, name)
+            assert_same(*(saved(path / name) for path in (a, b)), name)
     x, y = (json.loads((path / "genotype.json").read_text()) for path in (a, b))
     assert x["normal"] == y["normal"] and x["reduce"] == y["reduce"]
 

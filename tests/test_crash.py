@@ -6,7 +6,6 @@ import signal
 import time
 
 import pytest
-import torch
 from scripts import (
     LINGER,
     ONE_STAGE,
@@ -15,7 +14,9 @@ from scripts import (
     Process,
     assert_same_run,
     await_checkpoint,
+    killed_in,
     run,
+    saved,
 )
 
 LOOPS = {
@@ -83,7 +84,7 @@ def test_a_kill_costs_nothing_but_time(whole, tmp_path, loop):
     process = linger(loop, tmp_path)
     process.kill(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] in (1, 2)
+    assert saved(tmp_path / "run/checkpoint.pt")["epoch"] in (1, 2)
     run(LOOPS[loop][0], "--resume", "run", cwd=tmp_path)
     assert_same_run(path, tmp_path / "run")
 
@@ -122,15 +123,7 @@ MOMENTS = {
         "    whole(a, b)\n"
         "os.replace = replace\n"
     ),
-    "the rows of the epoch are written, the checkpoint is not": (
-        "import os, signal, torch\n"
-        "whole, calls = torch.save, []\n"
-        "def save(state, path):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    whole(state, path)\n"
-        "torch.save = save\n"
-    ),
+    "the rows of the epoch are written, the checkpoint is not": killed_in(2),
 }
 
 
@@ -142,7 +135,7 @@ def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
     script, *flags = LOOPS["two-stage"]
     process = Process(script, *flags, "--save", "run", cwd=tmp_path, meddle=meddle)
     assert process.wait() == -signal.SIGKILL
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert saved(tmp_path / "run/checkpoint.pt")["epoch"] == 1
     run(script, "--resume", "run", cwd=tmp_path)
     assert_same_run(path, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.partial"))
@@ -181,16 +174,7 @@ def test_one_stage_search_resumes_in_either_phase(whole, tmp_path, phase):
     path, _ = whole("one-stage")
     searching = sum('"frozen"' in line for line in (path / "metrics.jsonl").open())
     meddle = tmp_path / "meddle.py"
-    saves = 1 if phase == "searching" else searching + 1
-    meddle.write_text(
-        "import os, signal, torch\n"
-        "whole, calls = torch.save, []\n"
-        "def save(state, path):\n"
-        "    calls.append(1)\n"
-        f"    if len(calls) == {saves + 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    whole(state, path)\n"
-        "torch.save = save\n"
-    )
+    meddle.write_text(killed_in(2 if phase == "searching" else searching + 2))
     script, *flags = LOOPS["one-stage"]
     process = Process(script, *flags, "--save", "run", cwd=tmp_path, meddle=meddle)
     assert process.wait() == -signal.SIGKILL

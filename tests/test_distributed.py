@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,12 +19,15 @@ from scripts import (
     TRAIN,
     TWO_STAGE,
     Process,
+    as_ranks,
     assert_same,
     assert_same_run,
     await_checkpoint,
     imagenet_of_digits,
+    killed_in,
     rows,
     run,
+    saved,
 )
 
 LOOPS = {
@@ -39,35 +41,24 @@ LOOPS = {
     ],
 }
 
-# What torchrun tells the ranks it starts; each keeps what it would save as a checkpoint, and may be
-# killed before it saves that of an epoch.
-MEDDLE = """
-import os, signal, sys, torch
-sys.path.append({root!r})
-os.environ.update(RANK="{rank}", LOCAL_RANK="{rank}", WORLD_SIZE="{n}", LOCAL_WORLD_SIZE="{n}",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
-import runs
+# Each rank keeps what it would save as a checkpoint.
+KEEP = """
+import torch, distributed
 save_checkpoint = runs.Run.save_checkpoint
-def save(self, **state):
-    if state["epoch"] == {killed}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    args = runs.plain(self.args)
-    torch.save(dict(state, args=args), self.path + "-{rank}.pt")
+def keep(self, **state):
+    state_and_args = dict(state, args=runs.plain(self.args))
+    torch.save(state_and_args, f"{self.path}-{distributed.rank()}.pt")
     save_checkpoint(self, **state)
-runs.Run.save_checkpoint = save
+runs.Run.save_checkpoint = keep
 """
 
 
 def start(script, *flags, cwd, n=2, killed=None, lingers=None):
     """n ranks of a script that find each other; they are killed in an epoch, or one lingers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes = []
-    for rank in range(n):
+    for rank, text in enumerate(as_ranks(n)):
         meddle = Path(tempfile.mkstemp(suffix=".py")[1])
-        text = MEDDLE.format(rank=rank, n=n, port=port, root=str(ROOT), killed=killed)
-        meddle.write_text(text + (LINGER if rank == lingers else ""))
+        meddle.write_text(text + killed_in(killed) + KEEP + LINGER * (rank == lingers))
         processes.append(Process(script, *flags, cwd=cwd, meddle=meddle))
     return processes
 
@@ -76,10 +67,6 @@ def finish(processes):
     for process in processes:
         assert process.wait() == 0, process.stderr
     return processes
-
-
-def state(path):
-    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +89,12 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("loop", LOOPS)
 def test_ranks_end_with_the_same_weights_codes_and_optimizers(whole, loop):
     folder, _ = whole(loop)
-    first, second = (state(folder / f"run-{rank}.pt") for rank in range(2))
+    first, second = (saved(folder / f"run-{rank}.pt") for rank in range(2))
     a, b = first["random"]
     assert torch.equal(a["data"], b["data"]) and not torch.equal(a["torch"], b["torch"])
     assert_same(first, second)
-    saved = state(folder / "run/checkpoint.pt")
-    assert_same(first, {key: saved[key] for key in first})
+    last = saved(folder / "run/checkpoint.pt")
+    assert_same(first, {key: last[key] for key in first})
 
 
 def test_rank_zero_speaks_and_writes_for_all(whole):
@@ -176,7 +163,7 @@ def test_a_run_goes_on_with_another_world_size(whole, tmp_path):
     run("search.py", "--resume", "run", "--epochs", 2, cwd=tmp_path)
     finish(start("search.py", "--resume", "run", "--epochs", 3, cwd=tmp_path, n=3))
     assert [row["epoch"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
-    states = [state(tmp_path / f"run-{rank}.pt") for rank in range(3)]
+    states = [saved(tmp_path / f"run-{rank}.pt") for rank in range(3)]
     assert_same(states[0], states[1])
     assert_same(states[0], states[2])
     assert len(states[0]["random"]) == 3
@@ -193,7 +180,7 @@ def test_parameters_that_no_loss_depends_on_are_no_obstacle(tmp_path):
     flags = ["train.py", *TINY, "--no-cutout", "--arch", LOPSIDED, "--batch_size", 240,
              "--epochs", 2]
     finish(start(*flags, "--save", "run", cwd=tmp_path))
-    assert_same(*(state(tmp_path / f"run-{rank}.pt") for rank in range(2)))
+    assert_same(*(saved(tmp_path / f"run-{rank}.pt") for rank in range(2)))
 
 
 AVERAGE = """

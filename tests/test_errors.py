@@ -1,6 +1,7 @@
 """Wrong uses of the scripts: one line on standard error, exit status 2, nothing written."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -76,6 +77,7 @@ def place(tmp_path_factory):
     (place / "bad_operation.json").write_text(json.dumps({**record, "normal": [["conv", 0]] * 8}))
     (place / "half.json").write_text((place / "search/genotype.json").read_text()[:200])
     (place / "text.txt").write_text("hello")
+    os.mkfifo(place / "pipe")
     return place
 
 
@@ -106,6 +108,7 @@ EARLY = [
     (search("--batch_size", "0"), "at least 1"),
     (search("--init_channels", "0"), "at least 1"),
     (search("--layers", "0"), "at least 1"),
+    (search("--layers", "100000"), "at most 1000"),
     (search("--learning_rate", "-0.1"), "number in [0, inf)"),
     (search("--learning_rate", "nan"), "number in"),
     (search("--learning_rate", "inf"), "number in"),
@@ -138,6 +141,10 @@ EARLY = [
     (search("--one_stage", "--max_params", "0"), "number in"),
     (search("--one_stage", "--max_search_epochs", "0"), "at least 1"),
     (search("--auxiliary"), "--auxiliary"),
+    (search("--auxiliary_weight", "0.3"), "two-stage search does not read it"),
+    (search("--max_params", "3"), "two-stage search does not read it"),
+    (search("--max_search_epochs", "3"), "two-stage search does not read it"),
+    (search("--cuda_graphs", "--recover_every", "5"), "leave out --recover_every"),
     (search("--drop_path_prob", "0.2"), "--drop_path_prob"),
     (search("--one_stage", "--drop_path_prob", "1"), "number in [0, 1)"),
     (search("--cutout_length", "0"), "at least 1"),
@@ -145,6 +152,7 @@ EARLY = [
     (search("--image_size", "0"), "at least 4"),
     (search("--seed", "-1"), "at least 0"),
     (search("--workers", "-1"), "at least 0"),
+    (search("--workers", str(2**31 - 1)), "at most 1024"),  # of threads
     (search("--report_freq", "0"), "at least 1"),
     (search("--dataset", "mnist"), "invalid choice"),
     (search("--dataset", "imagefolder", "--data", "no_such_folder"), "not a folder"),
@@ -163,6 +171,7 @@ EARLY = [
     (train("--arch", "bad_operation.json"), "no operation 'conv'"),
     (train("--arch", "text.txt"), "text.txt"),
     (train("--arch", "nothing"), "nothing"),
+    (train("--arch", "pipe"), "no such file"),
     (train("--arch", GOOD[:-40]), "malformed"),
     (train("--arch", GOOD.replace("'skip_connect', 0", "'skip_connect', 9")), "node 2"),
     (train("--arch", GOOD.replace("sep_conv_3x3", "sep_conv_7x7")), "sep_conv_7x7"),

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import io
+import functools
 import json
 import os
 import shutil
@@ -15,17 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import ENVIRONMENT, ROOT, Process, run
 
 import arguments
 import checkpoints
 import data
 import genotypes
 import runs
-import search
-import train
 import utils
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "imagefolder", "--data", "images", "--image_size", "8",
         "--init_channels", "2", "--layers", "3", "--device", "cpu"]
 TWO_STAGE = ["search.py", *TINY, "--batch_size", "4", "--epochs", "2"]
@@ -35,43 +33,22 @@ TRAIN = ["train.py", *TINY, "--no-cutout", "--batch_size", "8", "--epochs", "2",
          "ISTA_twostage"]
 
 
-def call(script, *flags):
-    """Run a script's main in this process: its exit status, standard output and error."""
-    module = {"search.py": search, "train.py": train}[script]
-    handlers = [(one, signal.getsignal(one)) for one in (signal.SIGINT, signal.SIGTERM)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    runs.Run.latest = None
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            with runs.command(script):
-                module.main(module.get_args_parser().parse_args([*map(str, flags)]))
-    except SystemExit as error:
-        status = error.code
-    finally:
-        for one, handler in handlers:
-            signal.signal(one, handler)
-    return status, out.getvalue(), err.getvalue()
+call = functools.partial(run, cwd=".")
+
+EVAL = "train.py", "--evaluate", "--weights", "work/network.pt"
 
 
 def refused(script, *flags):
     """The one line with which a script ends."""
-    status, out, err = call(script, *flags)
-    assert status == 2, out + err
+    err = call(script, *flags, status=2).stderr
     assert err.startswith(f"{script}: error: ") and err.count("\n") == 1, err
     return err
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(runs.Run, "draw", lambda *args: None)
-    monkeypatch.setattr(runs.Run, "show_figure", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with images, and with runs that have an epoch to go."""
-    place, threads = tmp_path_factory.mktemp("hostile"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("hostile")
     draw = np.random.default_rng(0)
     for part, count in (("train", 8), ("test", 3)):
         for name in "ab":
@@ -80,13 +57,11 @@ def place(tmp_path_factory):
                 pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(place / "images" / part / name / f"{k}.png")
     with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Run, "draw", lambda *args: None)
         patch.setattr(runs, "SummaryWriter", None)
         for name, flags in (("two", TWO_STAGE), ("one", ONE_STAGE), ("train", TRAIN)):
-            assert call(*flags, "--save", name)[0] == 0
+            call(*flags, "--save", name)
             shutil.copy(f"{name}/checkpoint-previous.pt", f"{name}/checkpoint.pt")
-    yield place
-    torch.set_num_threads(threads)
+    return place
 
 
 @pytest.fixture
@@ -97,11 +72,11 @@ def here(place, monkeypatch):
     return place
 
 
-def put(run, state, file="checkpoint.pt"):
-    """Make the folder `work`, with a run's config.json and this file."""
+def put(kind, state, file="checkpoint.pt"):
+    """Make the folder `work`, with the config.json of a kind of run and this file."""
     shutil.rmtree("work", ignore_errors=True)
     os.mkdir("work")
-    shutil.copy(f"{run}/config.json", "work")
+    shutil.copy(f"{kind}/config.json", "work")
     torch.save(state, f"work/{file}")
 
 
@@ -162,7 +137,7 @@ def test_a_damaged_checkpoint_resumes_or_ends_in_one_line(here, patience, run, s
     statuses = []
     for path, value in list(mutations(state))[::stride]:
         put(run, mutated(state, path, value))
-        status, _, err = call(script, "--resume", "work")
+        status, _, err = call(script, "--resume", "work", status=None)
         assert status in (0, 2) and err.count("\n") == (status == 2), (path, value, err)
         statuses.append(status)
     assert statuses.count(2) > 10
@@ -173,7 +148,7 @@ def test_a_damaged_network_evaluates_or_ends_in_one_line(here, patience):
     statuses = []
     for path, value in list(mutations(state))[::31]:
         put("train", mutated(state, path, value), "network.pt")
-        status, _, err = call("train.py", "--evaluate", "--weights", "work/network.pt")
+        status, _, err = call(*EVAL, status=None)
         assert status in (0, 2) and err.count("\n") == (status == 2), (path, value, err)
         statuses.append(status)
     assert statuses.count(2) > 10
@@ -196,9 +171,21 @@ DAMAGE = [
     ("two", ("weight_optimizer", "param_groups"), []),
     ("two", ("arch_optimizer", "state"), {}),
     ("two", ("arch_optimizer", "state", 3, "exp_avg"), ...),
+    ("two", ("row", "restless"), -1),
+    ("two", ("net", "stem.0.weight"), torch.zeros(6, 3, 3, 3, dtype=torch.int64)),
+    ("two", ("net", "stem.0.weight"), torch.full((6, 3, 3, 3), torch.nan)),
+    ("two", ("net", "normal_code.z0"), torch.ones(14, dtype=torch.float64)),
+    ("two", ("net", "normal_code.S"), -torch.ones(4, 2, dtype=torch.int64)),
+    ("two", ("net", "normal_code.frozen"), torch.ones(4, dtype=torch.bool)),
+    ("two", ("weight_optimizer", "state", 0, "momentum_buffer"), None),
+    ("two", ("arch_optimizer", "state", 3, "step"), torch.tensor(-1.0)),
     ("train", ("best",), "x"),
+    ("train", ("best",), torch.nan),
+    ("train", ("weights", "stem.1.bias"), torch.zeros(6, dtype=torch.int64)),
     ("train", ("config", "layers"), 2**30),  # would be built without end
     ("train", ("config", "genotype", "normal"), []),
+    ("train", ("config", "extra"), 1),
+    ("train", ("config", 3), 1),
     ("train", ("weights",), {}),
     ("train", ("optimizer", "state", 5), ...),
 ]
@@ -239,7 +226,7 @@ def test_runs_of_older_versions_go_on(here, run):
     put(run, state)
     config = json.loads(Path(run, "config.json").read_text())
     Path("work/config.json").write_text(json.dumps({k: config[k] for k in state["args"]}))
-    assert call("train.py" if run == "train" else "search.py", "--resume", "work")[0] == 0
+    call("train.py" if run == "train" else "search.py", "--resume", "work")
 
 
 def test_a_checkpoint_of_another_run_is_refused(here):
@@ -250,9 +237,15 @@ def test_a_checkpoint_of_another_run_is_refused(here):
     assert "--seed is missing in it" in refused("search.py", "--resume", "work")
     for flag, value in (("workers", 1), ("batch_size", 8), ("save", "elsewhere")):
         put("two", mutated(state, ("args", flag), value))
-        assert call("search.py", "--resume", "work")[0] == 0
+        call("search.py", "--resume", "work")
     Path("work/config.json").write_text("{")
     assert "config.json is damaged" in refused("search.py", "--resume", "work")
+
+
+def test_a_folder_in_place_of_metrics_is_named(here):
+    put("two", torch.load("two/checkpoint.pt", weights_only=True))
+    os.mkdir("work/metrics.jsonl")
+    assert "work/metrics.jsonl could not be" in refused("search.py", "--resume", "work")
 
 
 @pytest.mark.parametrize("is_old", [False, True])
@@ -263,10 +256,21 @@ def test_a_search_among_other_operations_is_not_resumed(here, monkeypatch, is_ol
     assert "other operations" in refused("search.py", "--resume", "work")
 
 
+@pytest.mark.parametrize(("path", "value"), [
+    (("about", "classes"), ["a"]), (("about", "classes", 0), 1), (("about", "std", 2), -0.3),
+    (("about", "mean"), [0.5, 0.5]), (("args", "image_size"), 0), (("weights", "stem.1.bias"), 0),
+    (("config", "num_classes"), 3), (("config", "auxiliary"), False),
+])
+def test_damage_of_a_network_is_called_so(here, path, value):
+    state = torch.load("train/network.pt", weights_only=True)
+    put("train", mutated(state, path, value), "network.pt")
+    assert "work/network.pt is damaged: " in refused(*EVAL)
+
+
 def test_a_network_of_an_unknown_operation_is_not_evaluated(here):
     state = torch.load("train/network.pt", weights_only=True)
     put("train", mutated(state, ("config", "genotype", "normal", 0, 0), "conv_7x7"), "network.pt")
-    err = refused("train.py", "--evaluate", "--weights", "work/network.pt")
+    err = refused(*EVAL)
     assert "work/network.pt: normal: there is no operation 'conv_7x7'" in err
 
 
@@ -274,7 +278,6 @@ def test_a_network_of_an_unknown_operation_is_not_evaluated(here):
 # Numbers
 # ------------------------------------------------------------------------------------------------
 
-EVAL = ["train.py", "--evaluate", "--weights", "work/network.pt"]
 WRONG = [
     ([*TRAIN, "--batch_size", "1"], "--no-auxiliary"),
     ([*ONE_STAGE, "--batch_size", "1"], "--no-auxiliary"),
@@ -284,7 +287,7 @@ WRONG = [
     ([*TWO_STAGE, "--init_channels", "9" * 20], "at most 2147483647"),
     ([*TWO_STAGE, "--image_size", "100000"], "at most 32768"),
     ([*TWO_STAGE, "--image_size", "32768", "--data", "many"], "too little memory"),
-    ([*TWO_STAGE, "--proj_dims", "100000000"], "at most 10000"),
+    ([*TWO_STAGE, "--proj_dims", "2000"], "at most 1000"),
     ([*TWO_STAGE, "--learning_rate", "1e300"], "1e38"),
     ([*TWO_STAGE, "--seed", str(2**64)], "at most"),
     ([*TWO_STAGE, "--device", "meta"], "--device meta"),
@@ -306,12 +309,31 @@ def test_what_cannot_be_is_refused(here, monkeypatch, command, says):
     assert not Path("runs").exists()
 
 
-def test_weights_that_are_not_finite_are_called_so(here):
+# A machine with 0.06 GiB more than what is in use when the script begins.
+SMALL = """
+import os, re
+used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 2**10
+pages, ask = int(used + 0.06 * 2**30) // os.sysconf("SC_PAGE_SIZE"), os.sysconf
+os.sysconf = lambda name: pages if name == "SC_PHYS_PAGES" else ask(name)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit may not hold")
+def test_more_than_the_memory_in_small_pieces_ends_in_one_line(place, tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
+    flags = ["--init_channels", 100, "--data", place / "images", "--save", "run"]
+    process = Process(*TWO_STAGE, *flags, cwd=tmp_path, meddle=tmp_path / "small.py")
+    assert process.wait() == 2
+    assert "too little memory" in process.stderr and process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("value", "says"), [(torch.nan, "holds NaN"), (3e38, "is not finite")])
+def test_weights_without_a_finite_loss_are_called_so(here, value, says):
     state = torch.load("train/network.pt", weights_only=True)
-    state["weights"]["stem.0.weight"].fill_(torch.nan)
+    state["weights"]["classifier.weight"][0] = value
     put("train", state, "network.pt")
     err = refused(*EVAL)
-    assert "not finite" in err and "NaN" in err and "learning_rate" not in err
+    assert says in err and "learning_rate" not in err
 
 
 @pytest.mark.parametrize(("flags", "blamed"), [
@@ -348,9 +370,8 @@ def test_tensorboard_may_be_a_file(place, monkeypatch):
     shutil.rmtree("work", ignore_errors=True)
     put("two", torch.load("two/checkpoint.pt", weights_only=True))
     Path("work/tensorboard").touch()
-    status, out, err = call("search.py", "--resume", "work", "--epochs", 4)
-    assert status == 0 and not err
-    assert out.count("work/tensorboard could not be written") == 1
+    done = call("search.py", "--resume", "work", "--epochs", 4)
+    assert not done.stderr and done.stdout.count("work/tensorboard could not be written") == 1
 
 
 resource = pytest.importorskip("resource")
@@ -372,7 +393,7 @@ def test_a_full_disk_says_so_and_the_last_checkpoint_stands(here, limit):
     assert "could not be written: File too large" in err
     assert Path("work/checkpoint.pt").read_bytes() == before
     assert not list(Path("work").glob("*.pt.partial"))
-    assert call("search.py", "--resume", "work")[0] == 0
+    call("search.py", "--resume", "work")
 
 
 OUTPUTS = {
@@ -390,8 +411,7 @@ def test_a_run_outlives_its_standard_output(place, tmp_path, way):
     flags = " ".join([*TWO_STAGE[1:], "--data", str(place / "images"), "--save", "run"])
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", OUTPUTS[way].format(f"{python} {flags}")], cwd=tmp_path,
-        capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, env=ENVIRONMENT,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     log = (tmp_path / "run/log.txt").read_text(encoding="utf-8")

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +23,14 @@ from scripts import (
     TRAIN,
     TWO_STAGE,
     Process,
+    as_ranks,
     assert_same,
     assert_same_run,
     imagenet_of_digits,
+    killed_in,
     rows,
     run,
+    saved,
 )
 
 COMMAND = os.environ.get("NULLGPU", ROOT.parent / "shared/nullgpu/nullgpu")
@@ -73,29 +75,13 @@ EPOCHS = {"two-stage": 2, "every step": 2, "one-stage": 4, "training": 3, "image
           "one-stage imagenet": 4}
 KILLED = {**EPOCHS, "one-stage": 3}  # in this epoch; the first 2 search
 
-# Ends a run when it has written the rows of an epoch, and not its checkpoint.
-KILL = """
-import os, signal, runs
-save = runs.Run.save_checkpoint
-def save_checkpoint(run, **state):
-    if state["epoch"] == {epoch}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(run, **state)
-runs.Run.save_checkpoint = save_checkpoint
-"""
-
-
 def kill_and_resume(loop, cwd, before=(), after=()):
     """Kill a run and resume it, each time with more flags."""
     meddle = cwd / "meddle.py"
-    meddle.write_text(KILL.format(epoch=KILLED[loop]))
+    meddle.write_text(killed_in(KILLED[loop]))
     killed = Process(*LOOPS[loop], *before, "--save", "run", cwd=cwd, meddle=meddle, launcher=GPU)
     assert killed.wait() == -signal.SIGKILL, killed.stderr
     return run(LOOPS[loop][0], "--resume", "run", *after, cwd=cwd, launcher=GPU)
-
-
-def state(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +119,7 @@ def test_the_cpu_measures_the_same_network_alike(whole, loop):
     here = run(*flags, cwd=folder).stdout
     there = run(*flags, cwd=folder, launcher=GPU).stdout
     assert "device: cuda:0" in there and there.replace("cuda:0", "cpu") == here
-    accuracy = state(folder / "run/network.pt")["about"]["test_accuracy"]
+    accuracy = saved(folder / "run/network.pt")["about"]["test_accuracy"]
     assert f"test accuracy {accuracy:.2f} %" in here
 
 
@@ -168,7 +154,7 @@ def test_graphs_end_with_the_values_of_the_same_steps(whole, tmp_path, loop, bef
     assert undropped == list(range(len(undropped))) and undropped
     assert [graphs[k] for k in undropped] == [eager[k] for k in undropped]
     if loop == "two-stage":
-        assert_same(*(state(place / "run/checkpoint.pt")["net"] for place in (folder, tmp_path)))
+        assert_same(*(saved(place / "run/checkpoint.pt")["net"] for place in (folder, tmp_path)))
 
 
 def test_graphs_are_recorded_while_a_thread_pins_images(whole, tmp_path):
@@ -204,7 +190,7 @@ def test_graphs_with_drop_path(tmp_path):
                           meddle=tmp_path / "counted.py")
         assert process.wait() == 0, process.stderr
     assert rows(tmp_path / "eager/metrics.jsonl") == rows(tmp_path / "graphs/metrics.jsonl")
-    assert_same(*(state(tmp_path / name / "checkpoint.pt")["weights"]
+    assert_same(*(saved(tmp_path / name / "checkpoint.pt")["weights"]
                   for name in ("eager", "graphs")))
 
 
@@ -243,28 +229,18 @@ def test_two_ranks_take_a_device_each(tmp_path):
          *map(str, [*TWO_STAGE[1:], "--batch_size", 100, "--epochs", 1, "--save", "run"])],
         cwd=tmp_path, env=CUDA_ENVIRONMENT, check=True, capture_output=True,
     )
-    first, second = state(tmp_path / "run/checkpoint.pt")["random"]
+    first, second = saved(tmp_path / "run/checkpoint.pt")["random"]
     assert torch.equal(first["data"], second["data"])
     assert not torch.equal(first["cuda"], second["cuda"]), "each drops its own paths"
     done = run("search.py", "--resume", "run", "--epochs", 2, cwd=tmp_path, launcher=GPU)
     assert "random numbers" not in done.stdout
 
 
-RANK = """
-import os
-os.environ.update(RANK="{0}", LOCAL_RANK="{0}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT="{1}")
-"""
-
-
 def test_more_ranks_than_devices_are_refused_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ranks = []
-    for rank in range(2):
-        meddle = tmp_path / f"{rank}.py"
-        meddle.write_text(RANK.format(rank, port))
+    for text in as_ranks(2):
+        meddle = tmp_path / f"{len(ranks)}.py"
+        meddle.write_text(text)
         ranks.append(Process(*TRAIN, cwd=tmp_path, meddle=meddle, launcher=GPU))
     assert [process.wait() for process in ranks] == [2, 2]
     first, second = ranks

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import data
 import genotypes
 import ista
 import model
+import search
 from model_search import Network
 
 
@@ -95,6 +97,23 @@ def test_the_same_seed_gives_the_same_search_and_another_another(searched, tmp_p
     assert_same_run(folder / "two", tmp_path / "again")
     run(*TWO_STAGE, "--epochs", 1, "--seed", 3, "--save", "other", cwd=tmp_path)
     assert rows(tmp_path / "other/metrics.jsonl")[0] != rows(folder / "two/metrics.jsonl")[0]
+
+
+def test_images_are_not_kept_twice_when_they_are_split(tmp_path, monkeypatch):
+    loaded, load, epoch = [], data.load, search.two_stage_epoch
+
+    def watched(*args):
+        splits = load(*args)
+        loaded.extend(weakref.ref(split.images) for split in splits)
+        return splits
+
+    def looking(*args):
+        assert [image() for image in loaded] == [None, None]
+        return epoch(*args)
+
+    monkeypatch.setattr(data, "load", watched)
+    monkeypatch.setattr(search, "two_stage_epoch", looking)
+    run(*TWO_STAGE, "--epochs", 1, "--save", "s", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6])
@@ -212,6 +231,7 @@ def test_one_stage_search_ends_in_a_trained_network(one_stage):
     ).groups()
     assert before == after
     assert "parameters freed" in stdout or "frees" in stdout
+    assert "from here on drop-path rises to 0.2, which lowers the training accuracy" in stdout
     evaluate, train = next_commands(stdout)
     assert f"test accuracy {after} %" in run(*evaluate, cwd=folder).stdout
     done = run(*train, "--epochs", 1, "--batch_size", 480, "--save", "more", cwd=folder)

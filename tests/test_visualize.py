@@ -200,6 +200,43 @@ def test_bars_show_the_pairs(tmp_path):
             assert [to_hex(p.get_facecolor()).upper() for p in here] == expected
 
 
+DAMAGE = [
+    dict(epoch=1e400), dict(epoch="2"), dict(epoch=10**12), dict(distance=5), dict(distance=[1, 2]),
+    dict(frozen="abc"), dict(frozen=[None] * 8), dict(parameters="x"), dict(seconds=[1]),
+]
+
+
+def test_damaged_rows_and_numbers_out_of_range_are_left_out(tmp_path, script):
+    path, whole = make_run(tmp_path / "run"), make_run(tmp_path / "whole", epochs=7)
+    with open(f"{path}/metrics.jsonl") as file:
+        *rows, last = map(json.loads, file)
+    rows[3].update(valid_accuracy=1e308, train_loss=-1e308)
+    damaged = [{**last, **damage} for damage in DAMAGE]
+    with open(f"{path}/metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows + damaged)
+    with open(f"{path}/genotypes.jsonl", "a") as file:
+        file.write(json.dumps({**genotypes.as_lists(genotypes.draw(0)), "epoch": 8,
+                               "normal_weights": "abcdefgh"}) + "\n")
+    with open(f"{path}/config.json", "w") as file:
+        json.dump(dict(epochs="many", one_stage="x", freeze_tol="a"), file)
+    run = visualize.read_run(path)
+    assert [row["epoch"] for row in run.metrics] == [*range(1, 8)] and run.config == {}
+    assert len(script(path)) == 3 and len(script(path, whole, "-o", "both.png")) == 4
+    check_texts(visualize.curves_figure(run))
+
+
+def test_a_name_is_no_formula(tmp_path, script):
+    names = "$x_{$", "$\\alpha$"
+    for k, name in enumerate(names):
+        make_run(tmp_path / name, batch_size=k)
+    script(*names, "-o", "compare.svg")
+    shown = (tmp_path / "compare.svg").read_text()
+    assert all(f"<!-- {name} -->" in shown for name in names)
+    assert len(script(names[0])) == 3
+    genotypes.save(tmp_path / "$x_{$.json", genotypes.ISTA_twostage, False)
+    assert script("$x_{$.json") == ["$x_{$.png"]
+
+
 def genotype_of(cell):
     return genotypes.Genotype(cell, range(2, 6), cell, range(2, 6))
 
@@ -392,6 +429,7 @@ def test_script_draws_genotypes(tmp_path, script):
     [
         ([], "give a genotype"),
         (["runs/TYPO"], "runs/TYPO: there is no such run folder or file"),
+        (["pipe"], "pipe: there is no such run folder or file"),  # to be read from
         (["runs/TYPO", "good.json"], "runs/TYPO: there is no such run folder"),
         (["random:x"], "expected random:SEED"),
         (["--method", "runs/TYPO"], "runs/TYPO/checkpoint.pt cannot be read"),
@@ -408,6 +446,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, script, argv, message):
     for name in ("empty", "begun"):
         (tmp_path / name).mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
     make_run(tmp_path / "broken", "two", 2)
     make_run(tmp_path / "done", "two", 2)
     (tmp_path / "broken" / "genotypes.jsonl").write_text('{"epoch": 1, "normal": []}\n')
