@@ -399,8 +399,6 @@ def check_search(args):
     for name in unread:
         if name in args.typed:
             raise UserError(f"--{name}: {search} search does not read it; leave it out")
-    if args.cuda_graphs and args.recover_every != "epoch":
-        raise UserError("--cuda_graphs records a step for a whole epoch: leave out --recover_every")
     if args.sparseness > args.proj_dims:
         raise UserError(
             f"--sparseness {args.sparseness}: a code has at most --proj_dims {args.proj_dims} "
@@ -412,6 +410,7 @@ def check_search(args):
                         f"{'edges' if args.distinct_edges else 'pairs'}")
     if args.dataset == "imagenet" and not args.resume:
         check_imagenet(args, linear=args.one_stage)
+    check_step(args)
 
 
 def check_train(args):
@@ -537,15 +536,17 @@ def fit_to_data(args, images, setting, world_size, log):
     if world_size > 1:
         log(f"{world_size} ranks with --batch_size {args.batch_size}: a step takes {together} "
             "images")
-    check_batch(args)
+    check_step(args)
     published, rate = setting["batch_size"], setting["learning_rate"]
     if together != published and "learning_rate" not in args.typed:
         log(f"note: --learning_rate {rate:g} is published for batches of {published} images; for "
             f"{together} the linear rule gives --learning_rate {rate * together / published:.3g}")
 
 
-def check_batch(args):
-    """Refuse a batch in which a BatchNorm has a single value of each channel to go by."""
+def check_step(args):
+    """Refuse steps that cannot be recorded, and a BatchNorm with a single value of each channel."""
+    if args.cuda_graphs and getattr(args, "recover_every", "epoch") != "epoch":
+        raise UserError("--cuda_graphs records a step for a whole epoch: leave out --recover_every")
     if args.batch_size > 1 or args.dataset == "imagenet":
         return
     if args.auxiliary:

@@ -163,7 +163,7 @@ class Run:
         saved["batch_size"] = max(together // distributed.world_size(), 1)
         saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
         self.checkpoint, self.args = checkpoint, type(typed)(**saved)
-        arguments.check_batch(self.args)
+        arguments.check_step(self.args)
 
     def begin(self, device, columns):
         """Make the folder, or cut an old one back to its checkpoint; print the table's head.

@@ -35,9 +35,11 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import arguments
 import data
 import fast
 import genotypes
+import runs
 import search
 import train
 import utils
@@ -476,11 +478,10 @@ def machine(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.Parser("bench.py", __doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: as torch chooses)")
+    parser.add_argument("--threads", type=arguments.whole(1, 1024),
+                        help="of the CPU (default: as torch chooses)")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--out", metavar="FILE", help="write the figures to a JSON as well")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
@@ -503,4 +504,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with runs.command("bench.py"):
+        main()

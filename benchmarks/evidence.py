@@ -84,6 +84,8 @@ FREE = {"searches", "random", "one_stage", "variants", "variant_searches", "jobs
 def recall(args):
     """The flags of an experiment that goes on, or those of a new one, which are kept."""
     path = args.save / "flags.json"
+    if not path.exists() and any(args.save.iterdir()):
+        raise ValueError(f"--save {args.save} holds something else: give another folder")
     flags = {k: v for k, v in vars(args).items() if k not in FREE | {"typed"}}
     if not path.exists():
         path.write_text(json.dumps(flags, indent=1))

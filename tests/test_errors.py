@@ -35,7 +35,7 @@ GOOD = str(genotypes.ISTA_twostage)
 def place(tmp_path_factory):
     """A folder with finished runs and data of all kinds, and with what is wrong with them."""
     place = tmp_path_factory.mktemp("place")
-    run(*TWO_STAGE, "--epochs", 2, "--save", "search", cwd=place)
+    run(*TWO_STAGE, "--epochs", 2, "--recover_every", 2, "--save", "search", cwd=place)
     run(*ONE_STAGE, "--epochs", 1, "--save", "one", cwd=place)
     run(*TRAIN, "--epochs", 2, "--save", "train", cwd=place)
 
@@ -203,6 +203,7 @@ LATE = [
     (search("--dataset", "imagefolder", "--data", "new_class"), "lacks: c"),
     (search("--dataset", "imagefolder", "--data", "damaged_image"), "0.png"),
     (search("--data", "batches"), "cifar-10-batches-py"),
+    (search("--resume", "search", "--cuda_graphs"), "leave out --recover_every"),
     (search("--resume", "train"), "not a checkpoint of a search run"),
     (train("--resume", "search"), "not a checkpoint of a train run"),
     (search("--resume", "search", "--seed", "7"), "--seed 7 contradicts"),

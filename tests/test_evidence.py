@@ -161,6 +161,13 @@ def test_the_interval_tells_a_large_effect_from_none(effect):
     assert (found[0] > 50) == (effect > 0)
 
 
+def test_the_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "log.txt").touch()
+    with pytest.raises(ValueError, match="something else"):
+        evidence.main(evidence.get_args_parser().parse_args(["--save", str(tmp_path)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
 @pytest.mark.parametrize("text", ["often", "random=--lam 1", "a b=--lam 1", "=--lam 1"])
 def test_a_variant_needs_a_name_and_flags(text, capsys):
     with pytest.raises(SystemExit) as ended:

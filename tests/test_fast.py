@@ -18,6 +18,7 @@ import genotypes
 import model
 import model_search
 import operations
+import runs
 import search
 import train
 import utils
@@ -518,3 +519,11 @@ def test_steps(monkeypatch, kind):
     assert moved > 20
     for (name, a), b in zip(statistics(ours).items(), statistics(net).values(), strict=True):
         assert_close(a, b, name, factor=1e2)
+
+
+@pytest.mark.parametrize("flags", [["--threads", "0"], ["--device", "abacus"]])
+def test_the_benchmark_answers_a_mistake_with_a_line(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    with pytest.raises(SystemExit) as ended, runs.command("bench.py"):
+        bench.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
