@@ -404,7 +404,7 @@ def _pointwise(x, weight):
 
 def _pointwise_weight_gradient(g, x, weight):
     if ONEDNN and x.dtype == torch.float32 and len(x) >= 16:
-        return _undilated_gradients(g, x, weight, 1, (0, 0), (False, True), groups=1)[1]
+        return _undilated_gradients(g, x, weight, (1, 1), (0, 0), (False, True), groups=1)[1]
     return (_pixels(g).T @ _pixels(x)).view_as(weight)
 
 
@@ -424,11 +424,12 @@ def _depthwise(x, weight, stride, dilation):
 
 
 def _depthwise_input_gradient(g, x, weight, stride, dilation):
+    if stride == 1:  # a convolution with the weight turned round, sooner than torch's gradient
+        return _depthwise(g, weight.flip(2, 3), 1, dilation)
     if dilation == 1:
         padding = weight.shape[3] // 2
-        return _undilated_gradients(g, x, weight, stride, (padding, padding), (True, False))[0]
-    if stride == 1:  # a convolution with the weight turned round
-        return _depthwise(g, weight.flip(2, 3), 1, dilation)
+        padding, stride = (padding, padding), (stride, stride)
+        return _undilated_gradients(g, x, weight, stride, padding, (True, False))[0]
     # At stride 2 only every second pixel was seen, and those by an undilated convolution.
     g_x = torch.zeros_like(x)
     seen = _channels_last(x[:, :, ::2, ::2])
@@ -436,54 +437,62 @@ def _depthwise_input_gradient(g, x, weight, stride, dilation):
     return g_x
 
 
+# For the gradient of a weight oneDNN has undilated kernels of up to 3 columns alone; torch has others,
+# up to 12 times slower. So many neighbouring pixels, seen as the channels of one, make columns
+# adjacent that lie so far apart, without a copy: 5 columns are put together from 3 and 3.
+
+
 def _depthwise_weight_gradient(g, x, weight, stride, dilation):
-    if dilation == 2:
-        # Output pixels of even (odd) row and column see only such input pixels: the convolution
-        # is undilated on four images of a quarter of the pixels, and at stride 2 on one of them.
-        if stride == 1:
-            x, g = _quarters(x), _quarters(g)
-        else:
-            x, stride = _channels_last(x[:, :, ::2, ::2]), 1
-    padding = weight.shape[3] // 2
-    if padding == 1:
-        return _undilated_gradients(g, x, weight, stride, (1, 1), (False, True))[1]
-    # There is no kernel for 5 columns, but there are kernels for 3 and for 2.
-    width = stride * (g.shape[3] - 1)
-    parts = []
-    for first, part in zip((-padding, 3 - padding), weight.split(3, dim=3), strict=True):
-        seen = _columns(x, first, first + width + part.shape[3])
-        parts.append(_undilated_gradients(g, seen, part, stride, (padding, 0), (False, True))[1])
-    return torch.cat(parts, dim=3)
+    k = weight.shape[3]
+    if dilation == 2 and stride == 2:  # only every second pixel was seen, without dilation
+        x, dilation, stride = _channels_last(x[:, :, ::2, ::2]), 1, 1
+    if k == 3 and dilation == 1:
+        return _undilated_gradients(g, x, weight, (stride, stride), (1, 1), (False, True))[1]
+    if stride == 2:  # columns -2, 0, 2 of even pixels; -1, 1 (and 3) of odd ones
+        g = _channels_last(torch.cat([g, g], dim=1))
+        even, odd = _three_columns(g, x, k, 1, 2, stride=(2, 1)).unbind()
+        columns = even[..., 0], odd[..., 0], even[..., 1], odd[..., 1], even[..., 2]
+        return torch.stack(columns, dim=3)
+    inner = _three_columns(g, x, k, dilation, dilation).sum(0)
+    if k == 3:
+        return inner
+    outer = _three_columns(g, x, k, dilation, 2 * dilation).sum(0)
+    return torch.cat([outer[..., :1], inner, outer[..., 2:]], dim=3)
 
 
-def _columns(x, first, last):
-    """Columns `first` to `last` - 1 of x; 0 where it has none."""
-    width, left, right = last - first, max(-first, 0), max(last - x.shape[3], 0)
-    y = torch.empty(
-        (*x.shape[:3], width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    y[..., :left] = 0
-    y[..., left : width - right] = x[..., first + left : last - right]
-    y[..., width - right :] = 0
-    return y
+def _three_columns(g, x, rows, dilation, apart, stride=(1, 1)):
+    """Weight gradients at columns -apart, 0 and apart: (apart, C, 1, rows, 3).
+
+    One for each of the `apart` pixels that are seen as one; their sum is the gradient.
+    """
+    C, height = x.shape[1], dilation * (rows - 1) + 1  # undilated, of which some rows are taken
+    if stride == (1, 1):
+        g = _side_by_side(g, apart, height)
+        x = _side_by_side(x, apart, height)
+    else:
+        x = _side_by_side(x, apart, 1)
+    weight = x.new_empty(apart * C, 1, height, 3)
+    padding = height // 2, 1
+    gradient = _undilated_gradients(g, x, weight, stride, padding, (False, True))[1]
+    return gradient.unflatten(0, (apart, C))[:, :, :, ::dilation]
+
+
+def _side_by_side(x, apart, height):
+    """See `apart` pixels of a row as one: (B, apart · C, H, W / apart)."""
+    B, C, H, W = x.shape
+    below, right = max(height + 1 - H, 0), -W % apart  # oneDNN leaves low images to a slow kernel
+    if below or right:
+        x = F.pad(x, (0, right, 0, below))
+    x = x.permute(0, 2, 3, 1).reshape(B, H + below, -1, apart * C)
+    return x.permute(0, 3, 1, 2)
 
 
 def _undilated_gradients(g, x, weight, stride, padding, wanted, groups=None):
     """Gradients of the input and the weight of a (depthwise) convolution, as far as wanted."""
     return torch.ops.aten.convolution_backward(
-        g, x, weight, None, (stride, stride), padding, (1, 1), False, (0, 0),
+        g, x, weight, None, stride, padding, (1, 1), False, (0, 0),
         groups or len(weight), (*wanted, False),
     )
-
-
-def _quarters(x):
-    """Split images into the pixels of even and odd rows and columns: (4 · batch, C, H/2, W/2)."""
-    B, C, H, W = x.shape
-    if H % 2 or W % 2:
-        x = F.pad(x, (0, W % 2, 0, H % 2))
-        H, W = H + H % 2, W + W % 2
-    x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)
-    return x.permute(2, 4, 0, 1, 3, 5).reshape(4 * B, H // 2, W // 2, C).permute(0, 3, 1, 2)
 
 
 def _channels_last(x):
