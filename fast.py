@@ -437,9 +437,10 @@ def _depthwise_input_gradient(g, x, weight, stride, dilation):
     return g_x
 
 
-# For the gradient of a weight oneDNN has undilated kernels of up to 3 columns alone; torch has others,
-# up to 12 times slower. So many neighbouring pixels, seen as the channels of one, make columns
-# adjacent that lie so far apart, without a copy: 5 columns are put together from 3 and 3.
+# For the gradient of a weight oneDNN has undilated kernels of up to 3 columns alone; torch's others
+# are up to 12 times slower. Where `apart` neighbouring pixels are seen as the channels of one,
+# columns that lie so far apart are adjacent, without a copy: so 5 columns are put together from 3
+# and 3, in 0.6 of the time that copies of shifted images took (dilated: 0.4).
 
 
 def _depthwise_weight_gradient(g, x, weight, stride, dilation):
