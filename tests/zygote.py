@@ -8,6 +8,7 @@ Reads a JSON object a line from standard input: a job to start, answered with it
 process id to wait for, answered with its exit status.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -39,6 +40,7 @@ def start(job):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for target, path in enumerate(job["output"], 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), target)
+        faulthandler.dump_traceback_later(200, exit=True)  # if it hangs, it says where
         sys.argv = job["argv"]
         sys.path[0] = str(Path(sys.argv[0]).parent)
         if job["meddle"]:  # a file that changes the libraries, to provoke a failure
