@@ -258,10 +258,15 @@ def test_torchrun_starts_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert done.stdout.count("new run in run\n") == 1 and (tmp_path / "run/network.pt").exists()
-    again = torchrun(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
-    assert again.returncode != 0
-    errors = re.findall(r"^train.py.*: error: .*", again.stderr, re.M)
-    assert len(errors) == 1 and "exists already and is not overwritten" in errors[0]
+
+
+def test_a_folder_that_exists_is_refused_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    ranks = start(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    error = "".join(rank.stderr for rank in ranks)
+    assert error.count("\n") == 1 and "exists already and is not overwritten" in error
 
 
 def test_a_batch_per_rank_that_is_too_large_is_refused_once(tmp_path):

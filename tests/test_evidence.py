@@ -1,16 +1,17 @@
-"""benchmarks/evidence.py: its statistics, and a small experiment that is killed and repeated."""
+"""benchmarks/evidence.py: its statistics, and a small experiment that is stopped and goes on."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scripts import ENVIRONMENT, ROOT
+from scripts import ENVIRONMENT, ROOT, Process, await_checkpoint, killed_in
 
 import genotypes
 
@@ -27,28 +28,36 @@ FLAGS = [
 ]
 
 
-def start(folder, *more):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS, *more],
-        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
+def main(folder, *more):
+    flags = ["--save", str(folder / "out"), *FLAGS, *more]
+    evidence.main(evidence.get_args_parser().parse_args(flags))
 
 
-def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path):
-    first = start(tmp_path)
-    while not (tmp_path / "out/search-searched-0/checkpoint.pt").exists():
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
-    seen = (tmp_path / "out/train-random-0/finished").stat().st_mtime_ns
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The commands that are run, from where torch is there already; the first search is killed."""
+    (tmp_path / "kill.py").write_text(killed_in(2))
+    commands = []
 
-    again = start(tmp_path)
-    output, errors = again.communicate()
-    assert again.returncode == 0, errors
-    commands = [line for line in output.splitlines() if ".py " in line]
-    assert not any("train-random-0" in line for line in commands)
-    assert (tmp_path / "out/train-random-0/finished").stat().st_mtime_ns == seen
+    def start(command, **streams):
+        commands.append(" ".join(command))
+        killed = "search-searched-0 " in commands[-1] and "--resume" not in commands[-1]
+        meddle = tmp_path / "kill.py" if killed else None
+        process = Process(*command[1:], cwd=tmp_path, meddle=meddle)
+        return subprocess.CompletedProcess(command, process.wait(), stderr=process.stderr)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    return commands
+
+
+def test_an_experiment_goes_on_where_it_was_stopped_and_ends_in_a_table(tmp_path, commands, capsys):
+    with pytest.raises(ChildProcessError, match="search-searched-0 failed: -9"):
+        main(tmp_path)
+    assert (tmp_path / "out/train-random-0/finished").exists()
+    commands.clear()
+    main(tmp_path)
+    assert "search.py --resume" in commands[0]
+    assert not any("train-random-0" in command for command in commands)
     cells = json.loads((tmp_path / "out/evidence.json").read_text())["cells"]
     assert [(c["group"], c["seed"]) for c in cells] == [
         ("random", 0), ("searched", 0), ("often", 0), ("random", 1)
@@ -62,13 +71,26 @@ def test_an_experiment_goes_on_where_it_was_killed_and_ends_in_a_table(tmp_path)
         assert f"genotype = {genotypes.from_lists(cell['genotype'])}" in log
     assert len(cells[1]["changed"]) == 2 and len(cells[2]["changed"]) == 1
     assert (tmp_path / "out/evidence.png").exists()
-    assert (tmp_path / "out/evidence.txt").read_text() in output
+    assert (tmp_path / "out/evidence.txt").read_text() in capsys.readouterr().out
 
     flags = json.loads((tmp_path / "out/flags.json").read_text())
     assert flags["image_size"] == "8" and flags["search_flags"] == f"{SIZES} --epochs 2"
-    third = start(tmp_path, "--train_flags", SIZES)
-    _, errors = third.communicate()
-    assert third.returncode == 2 and errors.count("\n") == 1 and "contradicts" in errors
+    with pytest.raises(ValueError, match="contradicts"):
+        main(tmp_path, "--train_flags", SIZES)
+
+
+@pytest.mark.crash
+def test_a_killed_experiment_goes_on(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS]
+    first = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True)
+    await_checkpoint(tmp_path / "out/search-searched-0")
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 0 and "random: " in again.stdout, again.stderr
+    third = subprocess.run([*command, "--train_flags", SIZES], cwd=tmp_path, env=ENVIRONMENT,
+                           capture_output=True, text=True)
+    assert third.returncode == 2 and third.stderr.count("\n") == 1
 
 
 def parse(*flags):
