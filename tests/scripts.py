@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -194,6 +195,15 @@ def as_ranks(n):
         f"LOCAL_WORLD_SIZE='{n}', MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}')\n"
         for rank in range(n)
     ]
+
+
+def said(process):
+    """What a script put on standard error.
+
+    Torch adds a warning where the rank that keeps the store is not the last to end; under torchrun
+    no rank keeps it.
+    """
+    return re.sub(r"^\[W.* TCPStore\.cpp.*\n(.+\n)*\n", "", process.stderr, flags=re.MULTILINE)
 
 
 def saved(path):

@@ -27,6 +27,7 @@ from scripts import (
     killed_in,
     rows,
     run,
+    said,
     saved,
 )
 
@@ -128,7 +129,7 @@ def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, l
     assert processes[victim].wait() == -signal.SIGKILL
     assert survivor.wait() == 2
     message = "another rank of this run has ended; go on from the last checkpoint with: torchrun"
-    assert message in survivor.stderr and survivor.stderr.count("\n") == 1
+    assert message in said(survivor) and said(survivor).count("\n") == 1
 
     script = LOOPS[loop][0]
     finish(start(script, "--resume", "run", cwd=tmp_path))
@@ -152,7 +153,7 @@ def test_a_signal_to_all_ranks_is_told_once(tmp_path, signum):
     for rank in ranks:
         rank.kill(signum)
     assert [rank.wait() for rank in ranks] == 2 * [128 + signum]
-    assert [rank.stderr for rank in ranks] == [f"search.py: stopped by {signum.name}\n", ""]
+    assert [*map(said, ranks)] == [f"search.py: stopped by {signum.name}\n", ""]
     command = "torchrun --nproc_per_node=2 search.py --resume run"
     assert ranks[0].stdout.endswith(f"go on from the last checkpoint with: {command}\n")
 
@@ -265,7 +266,7 @@ def test_a_folder_that_exists_is_refused_once(tmp_path):
     (tmp_path / "run/notes.txt").touch()
     ranks = start(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
     assert [rank.wait() for rank in ranks] == [2, 2]
-    error = "".join(rank.stderr for rank in ranks)
+    error = "".join(map(said, ranks))
     assert error.count("\n") == 1 and "exists already and is not overwritten" in error
 
 
@@ -273,6 +274,6 @@ def test_a_batch_per_rank_that_is_too_large_is_refused_once(tmp_path):
     processes = start(*TRAIN, "--batch_size", 1000, cwd=tmp_path)
     assert [process.wait() for process in processes] == [2, 2]
     first, second = processes
-    assert "--batch_size 1000 for each of 2 ranks" in first.stderr
-    assert (second.stdout, second.stderr) == ("", "")
+    assert "--batch_size 1000 for each of 2 ranks" in said(first)
+    assert (second.stdout, said(second)) == ("", "")
     assert not os.listdir(tmp_path)

@@ -30,6 +30,7 @@ from scripts import (
     killed_in,
     rows,
     run,
+    said,
     saved,
 )
 
@@ -244,8 +245,8 @@ def test_more_ranks_than_devices_are_refused_once(tmp_path):
         ranks.append(Process(*TRAIN, cwd=tmp_path, meddle=meddle, launcher=GPU))
     assert [process.wait() for process in ranks] == [2, 2]
     first, second = ranks
-    assert re.fullmatch(r"train\.py: error: more ranks \(2\) than .* \(1\).*\n", first.stderr)
-    assert (second.stdout, second.stderr) == ("", "") and not (tmp_path / "runs").exists()
+    assert re.fullmatch(r"train\.py: error: more ranks \(2\) than .* \(1\).*\n", said(first))
+    assert (second.stdout, said(second)) == ("", "") and not (tmp_path / "runs").exists()
 
 
 @pytest.fixture(scope="module")
