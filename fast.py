@@ -133,7 +133,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class ReLUConvBN(operations.ReLUConvBN):
     def forward(self, x, w=None):
         _, conv, norm = self.op
-        x = once_a_pass(x, "_relu", F.relu)
+        x = once_a_pass(x, "_relu", relu)
         if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
             return norm(pointwise(x, conv.weight), w)
         return norm(conv(x), w)
@@ -142,19 +142,18 @@ class ReLUConvBN(operations.ReLUConvBN):
 class SepConv(operations.SepConv):
     def forward(self, x, w=None):
         _, depthwise, point, norm, relu, *second = self.op
-        x = separable(once_a_pass(x, "_relu", F.relu), depthwise, point, norm)
-        x = F.relu(x, inplace=True)  # BatchNorm's backward pass needs its input, not its output
-        return separable(x, *second, w)
+        x = separable(once_a_pass(x, "_relu", relu), depthwise, point, norm)
+        return separable(relu_(x), *second, w)  # BatchNorm's backward pass needs its input alone
 
 
 class DilConv(operations.DilConv):
     def forward(self, x, w=None):
-        return separable(once_a_pass(x, "_relu", F.relu), *self.op[1:], w)
+        return separable(once_a_pass(x, "_relu", relu), *self.op[1:], w)
 
 
 class FactorizedReduce(operations.FactorizedReduce):
     def forward(self, x, w=None):
-        even, odd = diagonal(once_a_pass(x, "_relu", F.relu))
+        even, odd = diagonal(once_a_pass(x, "_relu", relu))
         halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
         return self.bn(torch.cat(halves, dim=1), w)
 
@@ -181,6 +180,39 @@ FASTER = {
     operations.Normed: Normed,
     model_search.MixedOp: MixedOp,
 }
+
+
+# ------------------------------------------------------------------------------------------------
+# ReLU
+# ------------------------------------------------------------------------------------------------
+# On a CPU the backward pass writes into the gradient that it is given, which takes 0.4 to 0.7 of
+# the time of a new tensor, and 4 % off a two-stage step. That gradient is nobody else's: all the
+# convolutions that ask for these ReLUs make theirs anew.
+
+
+def relu(x):
+    return _ReLU.apply(x, F.relu) if x.is_cpu else F.relu(x)
+
+
+def relu_(x):
+    """In place."""
+    return _ReLU.apply(x, torch.relu_) if x.is_cpu else torch.relu_(x)
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, relu):
+        y = relu(x)
+        if y is x:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g), None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ from distributed import rank_zero_only
 from utils import UserError, replacing, writing
 
 try:
+    import fcntl
+except ImportError:  # there is none on Windows
+    fcntl = None
+
+try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:
     SummaryWriter = None
@@ -176,8 +181,10 @@ class Run:
             Head of each column, and a format string of its text, for the row of an epoch.
         """
         path = self.args.save if self.checkpoint else None
-        if not self.checkpoint and distributed.rank() == 0:
-            path = self._make_folder()
+        if distributed.rank() == 0:
+            path = path or self._make_folder()
+            if fcntl:
+                self._claim(path)
         self.path, self.device = distributed.gather(path)[0], device
         kept, self.kept = self.kept, []
         if self.checkpoint:
@@ -220,6 +227,16 @@ class Run:
             for script in glob.glob(os.path.join(glob.escape(sources), "*.py")):
                 shutil.copy(script, copies)
         return name
+
+    def _claim(self, path):
+        """Refuse a folder that another process is writing to; a claim ends with its process."""
+        with contextlib.suppress(OSError):  # no such file, or a file system without locks
+            self.claimed = open(os.path.join(path, "config.json"), "r+b")
+            try:
+                fcntl.lockf(self.claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path} is being written by another process: let it end, or end "
+                                "it, and resume then") from None
 
     @rank_zero_only
     def _cut(self, epoch):

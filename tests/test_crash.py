@@ -156,6 +156,16 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, sig
     assert_same_run(path, tmp_path / "run")
 
 
+def test_a_run_is_not_resumed_while_it_goes_on(tmp_path):
+    process = linger("training", tmp_path)
+    done = run("train.py", "--resume", "run", cwd=tmp_path, status=2)
+    assert done.stderr.count("\n") == 1 and "is being written by another process" in done.stderr
+    assert (tmp_path / "run/log.txt").read_text().count("resumed") == 0
+    process.kill(signal.SIGKILL)
+    process.wait()
+    run("train.py", "--resume", "run", cwd=tmp_path)
+
+
 def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
     (tmp_path / "meddle.py").write_text(
         "import os, signal, torch\n"
