@@ -191,14 +191,18 @@ def read_search(path):
     """
     found = {}
     name = os.path.join(path, "genotypes.jsonl")
-    with open(name, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                try:
-                    row = json.loads(line)
-                    found[int(row["epoch"])] = genotypes.from_lists(row)
-                except (ValueError, TypeError, KeyError):
-                    raise UserError(f"{name} is damaged") from None
+    try:
+        with open(name, encoding="utf-8") as file:
+            lines = file.readlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} cannot be read: {error}") from None
+    for line in lines:
+        if line.endswith("\n"):
+            try:
+                row = json.loads(line)
+                found[int(row["epoch"])] = genotypes.from_lists(row)
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{name} is damaged") from None
     if not found:
         raise UserError(f"{path}: no epoch has ended yet")
     return found
