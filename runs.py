@@ -94,6 +94,9 @@ def command(prog):
         print(f"{prog}: error: another rank of this run has ended; "
               f"{Run.latest.how_to_resume()} ({reason})", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if Run.latest and Run.latest.claimed:
+            Run.latest.claimed.close()
 
 
 def leave_stdout():
@@ -140,7 +143,7 @@ class Run:
 
     def __init__(self, kind, args):
         self.kind, self.args, self.checkpoint, self.path = kind, args, None, None
-        self.kept, self.warned, self.board = [], set(), None
+        self.kept, self.warned, self.board, self.claimed = [], set(), None, None
         if args.resume:
             self._load(args)
 
@@ -229,7 +232,7 @@ class Run:
         return name
 
     def _claim(self, path):
-        """Refuse a folder that another process is writing to; a claim ends with its process."""
+        """Refuse a folder that another process is writing to; a claim ends as `command` does."""
         with contextlib.suppress(OSError):  # no such file, or a file system without locks
             self.claimed = open(os.path.join(path, "config.json"), "r+b")
             try:
