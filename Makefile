@@ -22,7 +22,7 @@ test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash and not cuda"
 
 crash: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 -m crash
+	$(BIN)/python -m pytest -n 2 -m crash -o faulthandler_timeout=1800
 
 cuda: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -rs -m cuda
