@@ -186,7 +186,7 @@ FASTER = {
 # ReLU
 # ------------------------------------------------------------------------------------------------
 # On a CPU the backward pass writes into the gradient that it is given, which takes 0.4 to 0.7 of
-# the time of a new tensor, and 2 % off a step. That gradient is nobody else's: all the
+# the time of a new tensor, and 2 % off a two-stage step. That gradient is nobody else's: all the
 # convolutions that ask for these ReLUs make theirs anew.
 
 
