@@ -19,6 +19,8 @@ from scripts import (
     saved,
 )
 
+import runs
+
 LOOPS = {
     "two-stage": [*TWO_STAGE, "--epochs", 6],
     "one-stage": [*ONE_STAGE, "--epochs", 3],
@@ -156,14 +158,18 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, sig
     assert_same_run(path, tmp_path / "run")
 
 
-def test_a_run_is_not_resumed_while_it_goes_on(tmp_path):
+def test_a_run_is_not_resumed_while_it_goes_on(tmp_path, monkeypatch):
     process = linger("training", tmp_path)
     done = run("train.py", "--resume", "run", cwd=tmp_path, status=2)
     assert done.stderr.count("\n") == 1 and "is being written by another process" in done.stderr
     assert (tmp_path / "run/log.txt").read_text().count("resumed") == 0
     process.kill(signal.SIGKILL)
     process.wait()
+    begin, kept = runs.Run.begin, []
+    monkeypatch.setattr(runs.Run, "begin", lambda *args: kept.append(args) or begin(*args))
     run("train.py", "--resume", "run", cwd=tmp_path)
+    resumed = Process("train.py", "--resume", "run", "--epochs", 7, cwd=tmp_path)
+    assert kept and resumed.wait() == 0, "the process that ended a run may live on"
 
 
 def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
