@@ -20,7 +20,6 @@ what runs, and an operation that is not known stays as it is. All of it is exact
 
 import ctypes
 import functools
-import math
 import sys
 from pathlib import Path
 
@@ -247,26 +246,28 @@ class _Separable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_depth, w_point, scale, shift, norm, stride, dilation):
-        between = _depthwise(x, w_depth, stride, dilation)
-        y = _pointwise(between, w_point)
+        y = _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
         # Few channels: much memory, and little to compute.
-        kept = (None, None) if len(w_point) <= 32 else (between, y)
-        y, mean, invstd = _batch_norm(y, scale, shift, norm)
-        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, *kept)
+        kept = None if len(w_point) <= 32 else y
+        z, mean, invstd = _batch_norm(y, scale, shift, norm, in_place=kept is None)
+        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, kept)
         ctx.eps, ctx.stride, ctx.dilation = norm.eps, stride, dilation
-        return y
+        return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w_depth, w_point, scale, mean, invstd, between, y = ctx.saved_tensors
+        x, w_depth, w_point, scale, mean, invstd, y = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
         need_x, need_depth, need_point, *need_norm = ctx.needs_input_grad[:5]
-        if y is None:
+        if y is None or need_point:
             between = _depthwise(x, w_depth, stride, dilation)
+        if computed_again := y is None:
             y = _pointwise(between, w_point)
         g = _channels_last(g)  # a slice of the gradient of a concatenation, maybe
-        g, g_scale, g_shift = _batch_norm_gradients(g, y, scale, mean, invstd, ctx.eps, need_norm)
+        g, g_scale, g_shift = _batch_norm_gradients(
+            g, y, scale, mean, invstd, ctx.eps, need_norm, in_place=computed_again
+        )
         g_x = g_depth = g_point = None
         if need_point:
             g_point = _pointwise_weight_gradient(g, between, w_point)
@@ -281,8 +282,12 @@ class _Separable(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------
 # BatchNorm
 # ------------------------------------------------------------------------------------------------
-# In torch's kernels each thread adds up in a row of C numbers of one array. Where these rows are
-# short, and not whole cache lines, the threads write to the same ones: two are slower than one.
+# In channels-last memory torch's kernels go from pixel to pixel, C numbers at a time: slow where
+# these are few, and slower with two threads, which then write to the same cache lines. So a row of
+# W pixels is taken for one pixel of W · C channels, whose sums are then added up. At 64×16×32×32,
+# on an AMD EPYC, 0.28 and 0.43 ms in place of 0.80 and 0.78 (forward, backward; a copy takes 0.09).
+
+BY_ROWS = 2**18  # numbers, beyond which that makes up for its many small calls
 
 
 def batch_norm(x, scale, shift, norm):
@@ -295,7 +300,7 @@ def batch_norm(x, scale, shift, norm):
     norm : nn.BatchNorm2d
         Whose running statistics move.
     """
-    if x.is_cpu and _contended(x):
+    if _by_rows(x):
         return _BatchNorm.apply(x, scale, shift, norm)
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, scale, shift, True, norm.momentum, norm.eps
@@ -319,63 +324,72 @@ class _BatchNorm(torch.autograd.Function):
         ), None
 
 
-def _contended(x):
-    C = x.shape[1]
-    is_usual = x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
-    return C < 64 and C % 16 > 0 and is_usual and torch.get_num_threads() > 1
+def _by_rows(*tensors):
+    return all(
+        x.is_cpu and x.dtype == torch.float32 and x.numel() > BY_ROWS
+        and x.is_contiguous(memory_format=torch.channels_last) for x in tensors
+    )
 
 
-def _batch_norm(x, scale, shift, norm):
-    """Output, mean and 1/√(variance + ε), as torch.native_batch_norm gives them."""
-    B, C, H, W = x.shape
-    together = 16 // math.gcd(C, 16)  # so many pixels fill whole cache lines
-    if not _contended(x) or W % together:
+def _batch_norm(x, scale, shift, norm, in_place=False):
+    """Output, mean and 1/√(variance + ε), as torch.native_batch_norm gives them.
+
+    With `in_place` the output may be written over x.
+    """
+    if not _by_rows(x):
         return torch.native_batch_norm(
             x, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
         )
-    y = torch.empty_like(x)
-    wide, unused = (
-        t.permute(0, 2, 3, 1).view(B, H, -1, together * C).permute(0, 3, 1, 2) for t in (x, y)
-    )
-    means, invstds = x.new_empty(2, together * C)
-    torch.ops.aten.native_batch_norm.out(
-        wide, None, None, None, None, True, 0, norm.eps,
-        out=unused, save_mean=means, save_invstd=invstds,
-    )
-    means, variances = means.view(-1, C), invstds.view(-1, C).pow(-2)  # variance + ε
-    mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+    B, C, H, W = x.shape
+    rows = _rows(x)
+    means, variances = torch.batch_norm_update_stats(rows[..., None, None], None, None, 0)
+    spread, mean = torch.var_mean(means.view(W, C), 0, correction=0)
+    variance = variances.view(W, C).mean(0) + spread
     n = B * H * W
     norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_((variance - norm.eps) * (n / (n - 1)), norm.momentum)
-    invstd = variance.rsqrt()
+    norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
+    invstd = (variance + norm.eps).rsqrt()
     a = invstd if scale is None else scale * invstd
     b = -mean * a if shift is None else shift - mean * a
-    return torch.addcmul(_per_channel(b), x, _per_channel(a), out=y), mean, invstd
+    y = x if in_place else torch.empty_like(x)
+    torch.addcmul(_row(b, W), rows, _row(a, W), out=_rows(y))
+    return y, mean, invstd
 
 
-def _batch_norm_gradients(g, y, scale, mean, invstd, eps, wanted):
+def _batch_norm_gradients(g, y, scale, mean, invstd, eps, wanted, in_place=False):
     """Gradients of input, scale and shift, the latter two where `wanted`.
 
     With x̂ = (y − mean) invstd and n pixels, that of y is
-    scale invstd (g − Σg/n − x̂ Σ(g x̂)/n).
+    scale invstd (g − Σg/n − x̂ Σ(g x̂)/n). With `in_place` it may be written over y.
     """
-    if not _contended(g):
+    if not _by_rows(g, y):
         return torch.ops.aten.native_batch_norm_backward(
             g, y, scale, None, None, mean, invstd, True, eps, (True, *wanted)
         )
-    n = g.numel() // len(mean)
-    work = g * y
-    g_shift = _pixels(g).sum(0)
-    g_scale = (_pixels(work).sum(0) - mean * g_shift) * invstd
+    B, C, H, W = g.shape
+    n = B * H * W
+    _, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
+        _rows(g)[..., None, None], _rows(y)[..., None, None], None, None, None,
+        _row(mean, W), _row(invstd, W), True, eps, (False, True, True),
+    )
+    g_scale, g_shift = g_scale.view(W, C).sum(0), g_shift.view(W, C).sum(0)
     a = invstd if scale is None else scale * invstd
     b = g_scale * invstd * a / -n
     c = g_shift * a / -n - b * mean
-    torch.addcmul(_per_channel(c), g, _per_channel(a), out=work).addcmul_(y, _per_channel(b))
-    return work, g_scale if wanted[0] else None, g_shift if wanted[1] else None
+    g_y = y if in_place else torch.empty_like(g)
+    torch.addcmul(_row(c, W), _rows(y), _row(b, W), out=_rows(g_y)).addcmul_(_rows(g), _row(a, W))
+    return g_y, g_scale if wanted[0] else None, g_shift if wanted[1] else None
 
 
-def _per_channel(v):
-    return v[:, None, None]
+def _rows(x):
+    """The matrix of all rows, (batch · H, W · C)."""
+    B, C, H, W = x.shape
+    return x.permute(0, 2, 3, 1).view(B * H, W * C)
+
+
+def _row(v, W):
+    """A row of W pixels with the channels v."""
+    return v.expand(W, -1).flatten()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -431,7 +445,10 @@ ONEDNN = torch.backends.mkldnn.is_available() and not _is_intel()
 def _pointwise(x, weight):
     if ONEDNN and x.dtype == torch.float32:  # F.conv2d does not take it for batches below 16
         return torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+    B, _, H, W = x.shape
+    y = torch.empty((B, len(weight), H, W), dtype=x.dtype, memory_format=torch.channels_last)
+    torch.mm(_pixels(x), weight.flatten(1).T, out=_pixels(y))
+    return y
 
 
 def _pointwise_weight_gradient(g, x, weight):

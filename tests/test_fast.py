@@ -184,18 +184,18 @@ def test_operations(primitive, stride, size, C, affine, norm_skips, dtype):
         assert torch.equal(x_ours, x), "nothing is written over a shared input"
 
 
-@pytest.fixture
-def two_threads():
+@pytest.fixture(params=[1, 2])
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("C, size", [(36, 8), (36, 7), (40, 6), (6, 16), (72, 8)])
-def test_batch_norm_of_several_threads(two_threads, C, size, affine):
-    """Its own kernels stand in for torch's there."""
+def test_batch_norm_by_rows(monkeypatch, threads, C, size, affine):
+    monkeypatch.setattr(fast, "BY_ROWS", 0)
     x = 3 * torch.randn(4, C, size, size) + torch.randn(C, 1, 1)
     plain = build("max_pool_3x3", C, 1, affine=affine, norm_pools=True)
     shuffle(plain)
@@ -300,9 +300,11 @@ def test_two_stage(seed):
 
 
 @pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("by_rows", [0, 10**9])
 @pytest.mark.parametrize("n", [4, 16])  # oneDNN has weight gradients of its own from 16 on
-def test_float32(monkeypatch, onednn, n):
+def test_float32(monkeypatch, onednn, by_rows, n):
     monkeypatch.setattr(fast, "ONEDNN", onednn)
+    monkeypatch.setattr(fast, "BY_ROWS", by_rows)
     net = randomized(Network(12, 10, 3), 2)
     x, y = batch(n, dtype=torch.float32)
     compare(net, x, y, fixed="weights")
