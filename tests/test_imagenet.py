@@ -60,7 +60,7 @@ SEARCHES = {
     "two-stage": [*SEARCH, "--arch_learning_rate", 0.02, "--epochs", 3],
     # Some nodes freeze after the first epoch, and all of them after a few.
     "one-stage": [
-        *SEARCH, "--one_stage", "--arch_learning_rate", 0.003, "--freeze_tol", 0.017,
+        *SEARCH, "--one_stage", "--arch_learning_rate", 0.003, "--freeze_tol", 0.01,
         "--max_search_epochs", 9, "--epochs", 3,
     ],
 }
