@@ -78,6 +78,7 @@ def main():
     parser = argparse.ArgumentParser(prog="causes.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--warm_up", type=arguments.whole(1))
     parser.add_argument("--idle_weights_move", action="store_true")
+    parser.error = functools.partial(arguments.fail, parser.prog)
     causes, flags = parser.parse_known_args()
     two_stage_epoch, optimizers = search.two_stage_epoch, search.optimizers
 
