@@ -246,27 +246,29 @@ class _Separable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_depth, w_point, scale, shift, norm, stride, dilation):
-        y = _pointwise(_depthwise(x, w_depth, stride, dilation), w_point)
-        # Few channels: much memory, and little to compute.
-        kept = None if len(w_point) <= 32 else y
-        z, mean, invstd = _batch_norm(y, scale, shift, norm, in_place=kept is None)
-        ctx.save_for_backward(x, w_depth, w_point, scale, mean, invstd, kept)
+        between = _depthwise(x, w_depth, stride, dilation)
+        y = _pointwise(between, w_point)
+        few = len(w_point) <= 32  # channels: much memory, and little to compute
+        z, mean, invstd = _batch_norm(y, scale, shift, norm, in_place=few)
+        between = between if ctx.needs_input_grad[2] and not few else None
+        ctx.save_for_backward(
+            x, w_depth, w_point, scale, mean, invstd, between, None if few else y
+        )
         ctx.eps, ctx.stride, ctx.dilation = norm.eps, stride, dilation
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w_depth, w_point, scale, mean, invstd, y = ctx.saved_tensors
+        x, w_depth, w_point, scale, mean, invstd, between, y = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
         need_x, need_depth, need_point, *need_norm = ctx.needs_input_grad[:5]
-        if y is None or need_point:
+        if few := y is None:
             between = _depthwise(x, w_depth, stride, dilation)
-        if computed_again := y is None:
             y = _pointwise(between, w_point)
         g = _channels_last(g)  # a slice of the gradient of a concatenation, maybe
         g, g_scale, g_shift = _batch_norm_gradients(
-            g, y, scale, mean, invstd, ctx.eps, need_norm, in_place=computed_again
+            g, y, scale, mean, invstd, ctx.eps, need_norm, in_place=few
         )
         g_x = g_depth = g_point = None
         if need_point:
