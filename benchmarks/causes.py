@@ -2,6 +2,7 @@
 
     python benchmarks/causes.py --warm_up 15 --dataset imagefolder --data DIR --distinct_edges
     python benchmarks/causes.py --idle_weights_move --dataset imagefolder --data DIR
+    python benchmarks/causes.py --relative_lam 0.3 --dataset imagefolder --data DIR
 
 --warm_up N: what comes into a cell has not run before, and what runs beside it has. Here all
 operations learn for N epochs before the search begins: b rests, and each step draws the pairs of
@@ -9,6 +10,9 @@ every node anew, on edges that differ, with weights of 1.
 
 --idle_weights_move: once an operation has run, weight decay and momentum move its weights in every
 step, as in the released code under the PyTorch of 2020.
+
+--relative_lam R: λ is that share of the least one at which a code is 0, ‖Aᵀb‖∞. At the published λ
+a code has as many nonzero entries as b has coordinates, of which two run; see recovery.py.
 
 All other flags are those of `search.py`. To go on with a run, give the same flags and --resume; one
 that ended in its first epoch begins anew.
@@ -20,6 +24,7 @@ import os
 import random
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -27,6 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import arguments
+import ista
 import runs
 import search
 from genotypes import PRIMITIVES
@@ -74,10 +80,20 @@ def let_idle_weights_move(optimizer):
     optimizer.zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
 
 
+def relative(recover, share):
+    """`ista.recover` with a λ that is a share of ‖Aᵀb‖∞."""
+
+    def recover_at_share(A, b, lam, *args, **kwargs):
+        return recover(A, b, share * np.abs(A.T @ b).max(), *args, **kwargs)
+
+    return recover_at_share
+
+
 def main():
     parser = argparse.ArgumentParser(prog="causes.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--warm_up", type=arguments.whole(1))
     parser.add_argument("--idle_weights_move", action="store_true")
+    parser.add_argument("--relative_lam", type=arguments.real(0, 1))
     parser.error = functools.partial(arguments.fail, parser.prog)
     causes, flags = parser.parse_known_args()
     two_stage_epoch, optimizers = search.two_stage_epoch, search.optimizers
@@ -94,6 +110,8 @@ def main():
             let_idle_weights_move(weight_optimizer)
         return weight_optimizer, arch_optimizer
 
+    if causes.relative_lam is not None:
+        ista.recover = relative(ista.recover, causes.relative_lam)
     search.two_stage_epoch, search.optimizers = epoch_after_warm_up, changed_optimizers
     parser = search.get_args_parser()
     parser.prog, parser.description = "causes.py", __doc__

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT
 
+import ista
 import search
 from genotypes import NODES
 from model_search import Network
@@ -77,6 +79,14 @@ def test_weights_that_have_run_move_when_idle(net, optimizer, moves):
     assert bool(changed(net, before)) == moves
 
 
+def test_lam_is_a_share_of_the_least_at_which_the_code_is_0():
+    rng = np.random.default_rng(0)
+    A, b = rng.random((7, 14)), rng.standard_normal(7)
+    lam_max = np.abs(A.T @ b).max()
+    found = causes.relative(ista.recover, 0.3)(A, b, 1e-5, "ista", z0=np.zeros(14))
+    np.testing.assert_allclose(found.z, ista.recover(A, b, 0.3 * lam_max).z, atol=1e-9 * lam_max)
+
+
 def script(tmp_path, *flags):
     command = [sys.executable, ROOT / "benchmarks/causes.py", *map(str, flags)]
     return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
@@ -84,7 +94,8 @@ def script(tmp_path, *flags):
 
 def test_the_script(tmp_path):
     flags = [
-        "--warm_up", 2, "--idle_weights_move", "--dataset", "digits", "--image_size", 8,
+        "--warm_up", 2, "--idle_weights_move", "--relative_lam", 0.3, "--dataset", "digits",
+        "--image_size", 8,
         "--init_channels", 2, "--layers", 3, "--batch_size", 256, "--epochs", 1, "--save", "run",
     ]
     done = script(tmp_path, *flags)
