@@ -2,16 +2,17 @@
 
     python benchmarks/recovery.py
 
-Between two recoveries the weights of the two pairs that run are w = M b − c, and b follows their
-gradients; then new codes z take the place of w. Here b moves as Adam moves it where the gradient
-wants one |w| to rise and the other to fall, all else equal. The table has, over random problems as
-a search has them (A uniform on [0, 1)):
+Between two recoveries two pairs run, with the weights w = M b − c, and b follows the gradients of
+w; but which pairs run next, the new code z of b decides. Here b moves as Adam moves it where the
+gradient wants one |w| to rise and the other to fall, all else equal. The table has, over random
+problems as a search has them (A uniform on [0, 1)):
 
     nonzero     entries of a code
     too few     codes with less than two of them, which the other columns leave out
+    opposite    pairs whose w and z differ in sign, so that |z| falls where |w| rises
     kept        change of |z| as a share of that of |w|: the pair that was to rise, less the other
     leaves      problems in which one of the two pairs is not among the two largest any more
-    loser       ... and it is the one whose |w| fell; 50 % would be chance
+    loser       ... and it is the one whose |w| fell: 50 % is chance
 
 by λ, as a share of the least λ at which the code is 0, and by m, the length of b. The published λ
 of 1e-5 is a share of 1e-5 to 1e-2, as b grows from 0.003.
@@ -32,9 +33,10 @@ SHARES = 1e-4, 0.03, 0.1, 0.3, 0.5, 0.7
 
 
 class Outcome(NamedTuple):
-    """Of one problem, as the table has it; `kept` and the rest are None for a code too sparse."""
+    """Of one problem, as the table has it; what is None is not defined for a code too sparse."""
 
     nonzero: int
+    opposite: int = 0
     kept: float | None = None
     leaves: bool | None = None
     loser: bool | None = None
@@ -78,13 +80,17 @@ def move(A, b, share, step, first_rises):
     if nonzero < 2:
         return Outcome(nonzero)
     S = np.argsort(-np.abs(z), kind="stable")[:2]
-    wanted = np.sign(z[S]) * ([1, -1] if first_rises else [-1, 1])  # of w, whose M is A_Sᵀ
-    moved = b + step * np.sign(A[:, S] @ wanted)
+    A_S, z_S, sides = A[:, S], z[S], np.array([1, -1] if first_rises else [-1, 1])
+    w = A_S.T @ b - (A_S.T @ A_S @ z_S - z_S)  # as model_search.SparseCode has it
+    moved = b + step * np.sign(A_S @ (sides * np.sign(w)))
     new = solve(A, moved, share)
-    w_change, z_change = wanted @ (A[:, S].T @ (moved - b)), wanted @ (new[S] - z[S])
+    w_change = sides * np.sign(w) @ (A_S.T @ (moved - b))
+    z_change = sides @ (np.abs(new[S]) - np.abs(z_S))
     stays = np.isin(S, np.argsort(-np.abs(new), kind="stable")[:2])
-    rises = stays if first_rises else stays[::-1]
-    return Outcome(nonzero, z_change / w_change, not stays.all(), tuple(rises) == (True, False))
+    return Outcome(
+        nonzero, np.count_nonzero(np.sign(w) != np.sign(z_S)), z_change / w_change,
+        stays.sum() == 1, np.array_equal(stays, sides > 0),
+    )
 
 
 def outcomes(m, share, problems, move_by, seed):
@@ -96,26 +102,25 @@ def outcomes(m, share, problems, move_by, seed):
 
 
 def row(found):
-    """Columns of the table from outcomes: nonzero, too few, kept, leaves, loser."""
+    """Columns of the table from outcomes: nonzero, too few, opposite, kept, leaves, loser."""
     whole = [one for one in found if one.kept is not None]
     gone = [one for one in whole if one.leaves]
-    one_gone = sum(one.loser for one in gone)
     return (
         np.mean([one.nonzero for one in found]), 1 - len(whole) / len(found),
-        np.median([one.kept for one in whole]), len(gone) / len(whole),
-        one_gone / len(gone) if gone else float("nan"),
+        np.mean([one.opposite for one in whole]) / 2, np.median([one.kept for one in whole]),
+        len(gone) / len(whole), np.mean([one.loser for one in gone]) if gone else float("nan"),
     )
 
 
 def main(args):
-    print(f"{'m':>3} {'λ/λ_max':>8} {'nonzero':>8} {'too few':>8} {'kept':>6} {'leaves':>7} "
-          f"{'loser':>6}")
+    print(f"{'m':>3} {'λ/λ_max':>8} {'nonzero':>8} {'too few':>8} {'opposite':>9} {'kept':>6} "
+          f"{'leaves':>7} {'loser':>6}")
     for m in (4, 7, 14):
         for share in SHARES:
             found = [*outcomes(m, share, args.problems, args.move, args.seed)]
-            nonzero, few, kept, leaves, loser = row(found)
-            print(f"{m:>3} {share:>8g} {nonzero:>8.1f} {few:>8.0%} {kept:>6.0%} {leaves:>7.0%} "
-                  f"{loser:>6.0%}", flush=True)
+            nonzero, few, opposite, kept, leaves, loser = row(found)
+            print(f"{m:>3} {share:>8g} {nonzero:>8.1f} {few:>8.0%} {opposite:>9.0%} {kept:>6.0%} "
+                  f"{leaves:>7.0%} {loser:>6.0%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,12 @@ def test_a_large_lam_leaves_fewer_entries_and_follows_the_weights():
     )
     assert small[0] == pytest.approx(7, abs=0.1) and small[1] == 0
     assert large[0] < 3 and 0.1 < large[1] < 0.5  # too few
-    assert large[2] > small[2] + 0.1 and large[4] > small[4] + 0.05  # kept, loser
+    assert large[3] > small[3] + 0.1 and large[5] > small[5] + 0.1  # kept, loser
+    assert large[2] < 0.02 < 0.2 < small[2] < 0.4  # opposite
 
 
 def test_a_code_that_is_too_sparse_is_only_counted():
-    assert recovery.move(np.eye(3), np.array([3.0, 1, 1]), 0.5, 0.1, True) == (1, None, None, None)
+    assert recovery.move(np.eye(3), np.array([3.0, 1, 1]), 0.5, 0.1, True) == recovery.Outcome(1)
 
 
 def test_the_script():
