@@ -94,13 +94,14 @@ def script(tmp_path, *flags):
 
 def test_the_script(tmp_path):
     flags = [
-        "--warm_up", 2, "--idle_weights_move", "--relative_lam", 0.3, "--dataset", "digits",
+        "--warm_up", 2, "--idle_weights_move", "--relative_lam", 0.9, "--dataset", "digits",
         "--image_size", 8,
         "--init_channels", 2, "--layers", 3, "--batch_size", 256, "--epochs", 1, "--save", "run",
     ]
     done = script(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert "warm-up 2/2: loss" in done.stdout and "the search is done" in done.stdout
+    assert "have fewer than 2 nonzero entries" in done.stdout  # as at such a λ
     for flags in (["--warm_up", 0], ["--no_such_flag"]):
         failed = script(tmp_path, *flags)
         assert failed.returncode == 2 and failed.stderr.count("\n") == 1
