@@ -67,16 +67,21 @@ def test_operations_outside_the_support_learn_while_b_rests(net, optimizer):
     assert all(map(torch.equal, net.arch_parameters(), points))
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_weights_that_have_run_move_when_idle(net, optimizer, moves):
-    if moves:
-        causes.let_idle_weights_move(optimizer)
+@pytest.mark.parametrize("flags", [[], ["--idle_weights_move"]])
+def test_weights_that_have_run_move_when_idle(monkeypatch, net, flags):
+    for name in ("main", "two_stage_epoch", "optimizers"):  # restored at the end
+        monkeypatch.setattr(search, name, getattr(search, name))
+    args = search.get_args_parser().parse_args([])
+    monkeypatch.setattr(search, "main", lambda args: None)
+    monkeypatch.setattr(sys, "argv", ["causes.py", *flags])
+    causes.main()
+    optimizer, _ = search.optimizers(net, args)
     train(net, BATCHES, optimizer)
     search.train_only(net.weight_parameters(), net.arch_parameters())
     before = weights_of_operations(net)
     optimizer.zero_grad()
     optimizer.step()
-    assert bool(changed(net, before)) == moves
+    assert bool(changed(net, before)) == bool(flags)
 
 
 def test_lam_is_a_share_of_the_least_at_which_the_code_is_0():
