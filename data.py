@@ -20,15 +20,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import find_classes, is_image_file, make_dataset
 from tqdm import tqdm
 
-from utils import UserError, is_out_of_memory
+from utils import UserError
 
-DATASETS = ("cifar10", "cifar100", "digits", "imagefolder")
 CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
 CIFAR10_STD = (0.24703233, 0.24348505, 0.26158768)
 PADDING = 4  # of the random crop
-SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class Images:
     classes : list of str
         Name of each label.
     mean, std : tuple of 3 floats
-        Of the *training* images' channels, in units where white is 1.
+        Of the *training* images' channels, in units where white is 1; None where these are unknown.
     flip : bool
         Whether an image means the same when mirrored. It does not for digits.
     """
@@ -58,10 +57,27 @@ class Images:
         return len(self.labels)
 
     def subset(self, index):
-        """The images at ``index`` (an int64 tensor, any device), copied."""
-        with _enough_memory(self.images.device):
-            index = index.to(self.labels.device)
-            return replace(self, images=self.images[index], labels=self.labels[index])
+        """The images at `index` (an int64 tensor, any device), copied."""
+        index = index.to(self.labels.device)
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def counts(self):
+        """How many images there are of each class, a list of int."""
+        return self.labels.cpu().bincount(minlength=len(self.classes)).tolist()
+
+    def as_seen_by(self, classes, mean, std):
+        """The same images for a network that was trained with these classes, mean and std.
+
+        Classes are matched by name, whatever their order. The network may know others as well;
+        where it lacks one of the images', that is a UserError.
+        """
+        label = {name: k for k, name in enumerate(classes)}
+        if unknown := [name for name in self.classes if name not in label]:
+            raise UserError("the network does not know all classes of these images: it lacks "
+                            f"{_some(unknown)}; it was trained with {_some(classes)}")
+        new = torch.tensor([label[name] for name in self.classes], device=self.labels.device)
+        return replace(self, labels=new[self.labels], classes=list(classes), mean=tuple(mean),
+                       std=tuple(std))
 
     def batches(self, batch_size, **options):
         """`Batches` of these images, with its options."""
@@ -94,20 +110,22 @@ def normalize(x, mean, std, memory_format=torch.preserve_format):
     x : uint8 tensor (B, C, H, W)
     mean, std : sequences of C floats
     memory_format : torch.memory_format
-        Of what is returned.
-
-    Returns
-    -------
-    float32 tensor (B, C, H, W)
+        Of the float32 tensor (B, C, H, W) that is returned.
     """
+    _check_uint8(x)
     scale, bias = _scale_and_bias(tuple(mean), tuple(std), x.device)
     out = torch.empty_like(x, dtype=torch.float32, memory_format=memory_format)
     return torch.mul(x, scale, out=out).add_(bias)  # one kernel converts, lays out, multiplies
 
 
+def _check_uint8(images):
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, from 0 to 255, not {images.dtype}")
+
+
 def augment(
-    x, mean, std, *, flip, cutout_length=0, generator=None,
-    memory_format=torch.preserve_format, rank=0, world_size=1,
+    x, mean, std, *, flip, generator=None, memory_format=torch.preserve_format, rank=0,
+    world_size=1, cutout_length=0,
 ):
     """Random crop, horizontal flip, normalisation and cutout, independently for each image.
 
@@ -115,32 +133,22 @@ def augment(
     pixels and a window of its own size is cut out at one of 9 x 9 places, mirrored with
     probability 1/2, normalised; then the square of rows ``cy - length // 2`` up to, not with,
     ``cy + length // 2`` (columns likewise) is set to 0 as far as it lies inside the image, its
-    centre uniform over the pixels.
+    centre uniform over the pixels (DeVries and Taylor, arXiv 1708.04552).
 
     Parameters
     ----------
     x : uint8 tensor (B, C, H, W)
-    mean, std : sequences of C floats
+    mean, std, memory_format
+        As in `normalize`, whose result has the same form.
     flip : bool
         Whether to mirror at all.
-    cutout_length : int
-        Side of the square; 0 for no cutout.
     generator : torch.Generator on the device of x, or None for torch's default one
-    memory_format : torch.memory_format
-        Of what is returned.
     rank, world_size : int
         x is this rank's share of a batch of ``world_size * B`` images. The random numbers of the
         whole batch are drawn on every rank, so that generators in one state stay so, and an image
         is augmented as it would be by a single rank.
-
-    Returns
-    -------
-    float32 tensor (B, C, H, W)
-
-    References
-    ----------
-    DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout",
-    arXiv 1708.04552. Liu, Simonyan and Yang, "DARTS", ICLR 2019.
+    cutout_length : int
+        Side of the square; 0 for no cutout. `Batches` passes on this and what else you add here.
     """
     B, C, H, W = x.shape
     row, _, row_centre = _axis(H, x.device)
@@ -174,7 +182,7 @@ def augment(
 
 
 def cut(images, batch_size, *, train, rank=0, world_size=1):
-    """Cut an order of images into the batches of a rank.
+    """Cut an order of so many images into the batches of a rank: a list of slices.
 
     The order is cut into runs of ``world_size * batch_size`` images, the last one shorter, and
     each run into consecutive shares, one for each rank: together the ranks see the batches that
@@ -182,19 +190,6 @@ def cut(images, batch_size, *, train, rank=0, world_size=1):
     last one holds beyond that is left out, and so is all of it when there are not two images for
     each rank, because BatchNorm cannot take a single one. For evaluation no image is left out, and
     a rank without a share of the last run has a batch less.
-
-    Parameters
-    ----------
-    images : int
-    batch_size : int
-        Of one rank.
-    train : bool
-    rank, world_size : int
-
-    Returns
-    -------
-    list of slice
-        Of the order, one for each batch.
     """
     slices = []
     for start in range(0, images, world_size * batch_size):
@@ -223,24 +218,19 @@ class Batches:
     ----------
     images : Images
     batch_size : int
-        Of one rank.
+        Of one rank. UserError where that leaves no batch, or not a whole one to train on.
     train : bool
-    cutout_length : int
-        0 for no cutout; used in training only.
     generator : torch.Generator on the device of the data, or None for torch's default one
     memory_format : torch.memory_format
         Of x.
     rank, world_size : int
-
-    Raises
-    ------
-    UserError
-        When there is not a single batch, or not a whole one to train on.
+    **augmentation
+        What else `augment` takes, such as ``cutout_length``; used in training only.
     """
 
     def __init__(
-        self, images, batch_size, *, train, cutout_length=0, generator=None,
-        memory_format=torch.contiguous_format, rank=0, world_size=1,
+        self, images, batch_size, *, train, generator=None,
+        memory_format=torch.contiguous_format, rank=0, world_size=1, **augmentation,
     ):
         share = len(images) // world_size
         if train and batch_size > share > 1:
@@ -256,8 +246,8 @@ class Batches:
         self.train = train
         self.generator = generator
         self.memory_format = memory_format
-        self.augmentation = {"cutout_length": cutout_length, "generator": generator,
-                             "memory_format": memory_format, "rank": rank, "world_size": world_size}
+        self.rank, self.world_size = rank, world_size
+        self.augmentation = augmentation
 
     def __len__(self):
         return len(self.slices)
@@ -271,7 +261,11 @@ class Batches:
                 index = order[share]
                 # index_select: many times faster than data.images[index] on a CPU
                 x, y = data.images.index_select(0, index), data.labels.index_select(0, index)
-                yield augment(x, data.mean, data.std, flip=data.flip, **self.augmentation), y
+                yield augment(
+                    x, data.mean, data.std, flip=data.flip, generator=self.generator,
+                    memory_format=self.memory_format, rank=self.rank, world_size=self.world_size,
+                    **self.augmentation,
+                ), y
             else:
                 x = normalize(data.images[share], data.mean, data.std, self.memory_format)
                 yield x, data.labels[share]
@@ -279,18 +273,12 @@ class Batches:
     def endless(self):
         """Pass after pass, without end.
 
-        Call it anew at the start of each epoch: it then starts with a fresh permutation, so that
-        every image is used equally often on average, and a resumed run needs nothing but the
-        generator's state to continue exactly. What an earlier call returned is not to be used
-        from then on.
+        Called anew at the start of each epoch, it starts with a fresh permutation: every image is
+        used equally often on average, and the generator's state is all that a resumed run needs.
+        What an earlier call returned is not to be used from then on.
         """
         while True:
             yield from self
-
-
-# ------------------------------------------------------------------------------------------
-# Splitting
-# ------------------------------------------------------------------------------------------
 
 
 def split(labels, portion, seed):
@@ -333,32 +321,32 @@ def split(labels, portion, seed):
 # ------------------------------------------------------------------------------------------
 
 
-def load(dataset, root, image_size=32, device="cpu", workers=0, log=print):
+def load(dataset, root, image_size=32, device="cpu", workers=0, log=print, *, test_only=False):
     """Load a data set into memory.
 
     Parameters
     ----------
     dataset : str
-        - ``"cifar10"``, ``"cifar100"``: from ``root``, downloaded if absent.
-        - ``"digits"``: scikit-learn's 1,797 digits of 8 x 8 pixels, a fifth of them for testing;
-          ``root`` is not used.
-        - ``"imagefolder"``: ``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``).
-          Files of any type in ``SUFFIXES``, in subfolders too; hidden ones are skipped. Grey,
-          palette and CMYK images become RGB, 16-bit ones are scaled to 8 bits, and transparency
-          is dropped, as in torchvision's ``ImageFolder``. Of an animation, the first image.
+        A name in `DATASETS`. CIFAR is downloaded to ``root`` if it is not there. The digits are
+        scikit-learn's 1,797, a fifth of them for testing. An ``"imagefolder"`` holds
+        ``train/<class>/*`` and ``test/<class>/*`` (or ``val``); it is read as torchvision's
+        ``ImageFolder`` is, but hidden files are skipped, and 16-bit images scaled to 8 bits.
     root : path
     image_size : int
         All images are resized to this height and width (bilinear, antialiased).
     device : torch.device or str
     workers : int
-        Threads that decode image files; 0 decodes in the calling one, which is fastest for
-        thumbnails like CIFAR's.
+        Threads that decode image files. For thumbnails like CIFAR's 0, the calling one, is fastest.
     log : callable
         Takes a line of text worth knowing.
+    test_only : bool
+        Training images of a folder are neither read nor missed: classes are those of the test
+        images, mean and std are None.
 
     Returns
     -------
     train, test : Images
+        Both with classes, mean and std of the training images. train is None if `test_only`.
 
     Raises
     ------
@@ -367,87 +355,168 @@ def load(dataset, root, image_size=32, device="cpu", workers=0, log=print):
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}: use one of {', '.join(DATASETS)}")
-    with _enough_memory("cpu"):
-        if dataset == "digits":
-            train, test, classes = _load_digits(image_size)
-        elif dataset == "imagefolder":
-            train, test, classes = _load_folder(root, image_size, workers, log)
-        else:
-            train, test, classes = _load_cifar(dataset, Path(root), image_size)
-        mean, std = (CIFAR10_MEAN, CIFAR10_STD) if dataset == "cifar10" else _mean_and_std(train[0])
-    with _enough_memory(device):
-        return tuple(
-            Images(x.to(device), y.to(device), classes, mean, std, flip=dataset != "digits")
-            for x, y in (train, test)
-        )
-
-
-@contextlib.contextmanager
-def _enough_memory(device):
-    """Say what helps where a data set does not fit into memory: a smaller batch does not."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, ValueError) as error:
-        if not is_out_of_memory(error):
-            raise
-        is_cpu = str(device) == "cpu"
-        raise UserError(
-            f"{'the machine' if is_cpu else device} has too little memory for the data set: give a "
-            f"smaller --image_size{'' if is_cpu else ', --device cpu'} or, for a folder of images, "
-            "--dataset imagenet, which reads the files anew in each pass"
-        ) from error
-
-
-def _load_cifar(dataset, root, image_size):
-    cls = CIFAR10 if dataset == "cifar10" else CIFAR100
-    folder = root / cls.base_folder
-    try:
-        if not folder.exists():
-            cls(root, download=True)
-    except Exception as error:  # network, disk and archive errors of many types
-        raise UserError(
-            f"{dataset} is not in {root} and the download failed ({error}): put the extracted "
-            f"{cls.base_folder} there, or use --dataset digits or imagefolder"
-        ) from error
-    try:
-        splits = [cls(root, train=train) for train in (True, False)]
-    except Exception as error:  # a wrong checksum, or whatever unpickling may raise
-        raise UserError(
-            f"{folder} is damaged or incomplete: delete it and run again to download it, "
-            "or extract the archive there anew"
-        ) from error
-    train, test = (
-        (_resize(_channels_first(s.data), image_size), torch.tensor(s.targets)) for s in splits
+    *pairs, classes = DATASETS[dataset](
+        root, image_size=image_size, workers=workers, log=log, test_only=test_only
     )
-    return train, test, splits[0].classes
+    train, test = (pair and (_resize(pair[0], image_size), pair[1]) for pair in pairs)
+    mean = std = None
+    if dataset == "cifar10":
+        mean, std = CIFAR10_MEAN, CIFAR10_STD
+    elif train:
+        mean, std = _mean_and_std(train[0])
+
+    def images(pixels, labels):
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        return Images(pixels.to(device), labels.to(device), [str(name) for name in classes],
+                      mean, std, flip=dataset != "digits")
+
+    return None if test_only else images(*train), images(*test)
 
 
-def _load_digits(image_size):
+def _load_cifar(cls, root, **_):
+    root = Path(root)
+    folder = root / cls.base_folder
+    is_there = folder.exists()
+    for name in ("train", "test", "val"):
+        if not is_there and (root / name).is_dir():
+            raise UserError(f"{root} has {name}/: give --dataset imagefolder")
+    absent = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
+        train, test = cls(root, train=True, download=not is_there), cls(root, train=False)
+    except Exception as error:  # of network, disk, archive, checksum, unpickling: of many types
+        for path in absent:
+            with contextlib.suppress(OSError):  # never made, or it holds part of the archive
+                path.rmdir()
+        raise UserError(
+            f"{folder} is damaged: delete it to have it downloaded again" if is_there else
+            f"{folder} is not there and the download failed ({error}): extract the archive in "
+            f"{root}, or use --dataset digits or imagefolder"
+        ) from error
+    pairs = [(part.data.transpose(0, 3, 1, 2), part.targets) for part in (train, test)]
+    return *pairs, train.classes
+
+
+def _load_digits(root, **_):
+    from sklearn.datasets import load_digits  # takes a second, and other data does without
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # whole numbers from 0 to 16
-    images = _resize(torch.from_numpy(grey)[:, None].repeat(1, 3, 1, 1), image_size)
-    labels = torch.from_numpy(digits.target).long()
+    images, labels = torch.from_numpy(grey)[:, None].repeat(1, 3, 1, 1), torch.tensor(digits.target)
     train, test = ((images[i], labels[i]) for i in split(labels, 0.8, seed=0))
-    return train, test, [str(name) for name in digits.target_names]
+    return train, test, digits.target_names
 
 
-def _load_folder(root, image_size, workers, log):
-    classes, splits = scan(root, ("test", "val"), log)
-    paths = [path for files, _ in splits for path in files]
-    images, resized = _decode(paths, image_size, workers)
-    if resized:
-        log(f"resized {resized:,} of {len(paths):,} images to {image_size} x {image_size}")
-    images = images.split([len(files) for files, _ in splits])
-    return *zip(images, (labels for _, labels in splits), strict=True), classes
+def _load_folder(root, *, image_size, workers, log, test_only):
+    *pairs, classes = scan(root, ("test", "val"), log, test_only)
+    train, test = (
+        pair and (_decode(pair[0], image_size, workers, log), pair[1]) for pair in pairs
+    )
+    return train, test, classes
 
 
-def _decode(paths, image_size, workers):
-    """uint8 tensor (N, 3, image_size, image_size), and how many images were of another size."""
+# The place where a new data set is named. Its loader takes what follows --data, and returns images,
+# uint8 (N, 3, H, W), and labels from 0, as arrays or tensors; and the names of the classes:
+#
+#     def load_mine(root, **_):
+#         file = np.load(f"{root}/mine.npz")
+#         return (file["x"], file["y"]), (file["x_test"], file["y_test"]), ["cat", "dog"]
+#
+DATASETS = {
+    "cifar10": functools.partial(_load_cifar, CIFAR10),
+    "cifar100": functools.partial(_load_cifar, CIFAR100),
+    "digits": _load_digits,
+    "imagefolder": _load_folder,
+}
+
+
+def _resize(images, size):
+    images = torch.as_tensor(images).contiguous()
+    _check_uint8(images)
+    if images.shape[-2:] == (size, size):
+        return images
+    resize = functools.partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    return torch.cat([resize(chunk.float()).round_().byte() for chunk in images.split(1000)])
+
+
+def _mean_and_std(images):
+    channels = images.flatten(2).unbind(1)
+    counts = torch.stack([c.flatten().bincount(minlength=256) for c in channels]).double()
+    n, value = images.numel() / 3, torch.arange(256, dtype=torch.float64)
+    mean = counts @ value / n  # of whole numbers: exact
+    variance = counts @ value.square() / n - mean.square()
+    std = variance.clamp(min=1).sqrt()  # a channel may be constant
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+# ------------------------------------------------------------------------------------------
+# Image files
+# ------------------------------------------------------------------------------------------
+
+
+def scan(root, test_names, log, test_only=False):
+    """List the image files of each class in ``root/train/<class>`` and the same for testing.
+
+    Of the folders in `test_names`, the first one there counts. Returns two pairs of a list of
+    paths and an int64 tensor of labels, the first of them None if `test_only`; and the classes.
+    """
+    train, classes = (None, None) if test_only else _class_folders(root, ["train"])
+    test, tested = _class_folders(root, test_names)
+    classes = classes or tested
+    if train and len(classes) == 1:
+        raise UserError(f"{train} has a single class ({classes[0]}): add others")
+    if unknown := [name for name in tested if name not in classes]:
+        raise UserError(f"{test} has classes that {train} lacks: {_some(unknown)}; add training "
+                        "images of them or remove them")
+    if missing := [name for name in classes if name not in tested]:
+        log(f"warning: {test} lacks classes that {train} has: {_some(missing)}; the accuracy "
+            "leaves them out")
+    label = {name: k for k, name in enumerate(classes)}
+    return (
+        train and _files(train, label, log),
+        _files(test, {name: label[name] for name in tested}, log),
+        classes,
+    )
+
+
+def _class_folders(root, names):
+    """The first of these folders that is there, and the names of the classes in it."""
+    there = [Path(root, name) for name in names if Path(root, name).is_dir()]
+    if not there:
+        raise UserError(f"{root} has no folder {' or '.join(f'{name}/' for name in names)}: add "
+                        "it, with a folder of images for each class")
+    try:
+        classes = [name for name in find_classes(there[0])[0] if not name.startswith(".")]
+    except OSError:  # torchvision found none, or may not look
+        classes = []
+    if not classes:
+        raise UserError(f"{there[0]} has no class folders: put the images in {there[0]}/<class>/")
+    return there[0], classes
+
+
+def _files(folder, label, log):
+    """Paths of the image files of these classes, by class and name, and their labels."""
+    start = len(str(folder))
+    files = make_dataset(
+        folder, label, is_valid_file=lambda path: os.sep + "." not in path[start:],  # not hidden
+        allow_empty=True,
+    )
+    if others := [path for path, _ in files if not is_image_file(path)]:
+        kinds = sorted({os.path.splitext(path)[1] or "no suffix" for path in others})
+        log(f"skipped {len(others):,} file(s) of other kinds in {folder}: {_some(kinds)}")
+    images = [(path, k) for path, k in files if is_image_file(path)]
+    found = {k for _, k in images}
+    if empty := [name for name, k in label.items() if k not in found]:
+        raise UserError(f"{folder}/{empty[0]} has no images: add some or remove the folder")
+    return [path for path, _ in images], torch.tensor([k for _, k in images])
+
+
+def _some(names):
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _decode(paths, image_size, workers, log):
+    """uint8 tensor (N, 3, image_size, image_size)."""
     pixels = np.empty((len(paths), 3, image_size, image_size), np.uint8)
 
     def read(i):
@@ -458,33 +527,24 @@ def _decode(paths, image_size, workers):
         pixels[i] = np.asarray(image).transpose(2, 0, 1)
         return is_other_size
 
-    def read_some(start):  # one at a time, threads would mostly wait for each other
-        return sum(read(i) for i in range(start, min(start + 32, len(paths))))
-
-    starts = range(0, len(paths), 32)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = (pool.map if workers else map)(read_some, starts)
-        resized = sum(tqdm(done, "reading images", len(starts), leave=False, disable=None))
-    return torch.from_numpy(pixels), resized
+        done = (pool.map if workers else map)(read, range(len(paths)))
+        resized = sum(tqdm(done, "reading images", len(paths), leave=False, disable=None))
+    if resized:
+        log(f"resized {resized:,} of {len(paths):,} images to {image_size} x {image_size}")
+    return torch.from_numpy(pixels)
 
 
 def read_rgb(path):
-    """The PIL image of a file, in 8-bit RGB.
-
-    Raises
-    ------
-    UserError
-        When it cannot be read as an image.
-    """
+    """The PIL image of a file, in 8-bit RGB."""
     try:
         with Image.open(path) as file:
             return _to_rgb(file)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise errors of many types
-        raise UserError(
-            f"{path} cannot be read as an image ({error}): replace or remove it"
-        ) from error
+        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it"
+                        ) from error
 
 
 def _to_rgb(image):
@@ -497,150 +557,3 @@ def _to_rgb(image):
         raise ValueError("floating-point pixels are not supported")
     image.info.pop("transparency", None)  # convert() would warn that it is lost
     return image.convert("RGB")
-
-
-def _channels_first(pixels):
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _resize(images, size):
-    if images.shape[-2:] == (size, size):
-        return images
-    resize = functools.partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
-    return torch.cat([resize(chunk.float()).round_().byte() for chunk in images.split(1000)])
-
-
-def _mean_and_std(images):
-    count = images.numel() / 3
-    total, squares = torch.zeros(2, 3, dtype=torch.float64)
-    for chunk in images.split(1000):  # sums of whole numbers: exact in float64
-        chunk = chunk.double()
-        total += chunk.sum((0, 2, 3))
-        squares += chunk.square().sum((0, 2, 3))
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=1).sqrt()  # a channel may be constant
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
-
-
-# ------------------------------------------------------------------------------------------
-# Folders of classes
-# ------------------------------------------------------------------------------------------
-
-
-def scan(root, test_names, log):
-    """List the image files of each class in ``root/train/<class>/**`` and the same for testing.
-
-    Only regular files of a type in `SUFFIXES` are listed, and links to such; no hidden ones. Links
-    to folders are followed, except to one that holds them. `log` is told what is skipped.
-
-    Parameters
-    ----------
-    root : path
-    test_names : sequence of str
-        Of the folders of test images: the first one there is counts.
-    log : callable
-        Takes a line of text worth knowing.
-
-    Returns
-    -------
-    classes : list of str
-        Names of the folders in ``train``, sorted.
-    splits : list of two pairs
-        For training and for testing: the paths (list of str), sorted by class and path, and their
-        labels (int64 tensor).
-
-    Raises
-    ------
-    UserError
-        When a folder is missing, or a class is empty, alone, or for testing only.
-    """
-    root, skipped, found = Path(root), [], []
-    test_name = next((name for name in test_names if (root / name).is_dir()), test_names[-1])
-    folders = root / "train", root / test_name
-    try:
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder: --data must hold train/ and "
-                            f"{_either(test_names)}")
-        for folder, names in zip(folders, (["train"], test_names), strict=True):
-            if not folder.is_dir():
-                raise UserError(f"{root} has no folder {_either(names)}: add it, with a folder of "
-                                "images for each class")
-            found.append(_class_files(folder, skipped))
-    except OSError as error:
-        raise UserError(f"{error.filename or root} cannot be read ({error.strerror})") from error
-    train, test = found
-
-    if skipped:
-        log(f"warning: skipped {_some(sorted(skipped))}")
-    if len(train) == 1:
-        raise UserError(f"{folders[0]} has a single class ({_some(train)}): add others")
-    if unknown := [name for name in test if name not in train]:
-        raise UserError(f"{folders[1]} has classes that {folders[0]} lacks: {_some(unknown)}; add "
-                        "training images of them or remove them")
-    if missing := [name for name in train if name not in test]:
-        log(f"warning: {folders[1]} lacks classes that {folders[0]} has: {_some(missing)}; the "
-            "accuracy leaves them out")
-    label = {name: k for k, name in enumerate(train)}
-    return list(train), [
-        ([path for paths in files.values() for path in paths],
-         torch.tensor([label[name] for name, paths in files.items() for _ in paths]))
-        for files in (train, test)
-    ]
-
-
-def _either(names):
-    return " or ".join(f"{name}/" for name in names)
-
-
-def _some(names):
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _class_files(folder, skipped):
-    """Sorted image files of each class, by sorted class name."""
-    real = folder.resolve()
-    around = {_identity(path) for path in (real, *real.parents)}
-    files = {}
-    for subfolder in sorted(_list(folder, around, skipped)[0], key=lambda pair: pair[0]):
-        files[os.path.basename(subfolder[0])] = images = []
-        pending = [subfolder]
-        while pending:
-            subfolders, more = _list(*pending.pop(), skipped)
-            pending += subfolders
-            images += more
-        images.sort()
-        if not images:
-            raise UserError(f"{subfolder[0]} has no images: add some or remove the folder")
-    if not files:
-        raise UserError(f"{folder} has no class folders: put the images in {folder}/<class>/")
-    return files
-
-
-def _list(folder, around, skipped):
-    """What is in a folder: [(path of a subfolder, the folders around its contents)], [image file].
-
-    Folders around are told by device and inode, for a link may lead back to one.
-    """
-    subfolders, images = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                identity = _identity(entry.path)
-                if identity in around:
-                    skipped.append(f"{entry.path} (a link to a folder around it)")
-                else:
-                    subfolders.append((entry.path, around | {identity}))
-            elif entry.name.lower().endswith(SUFFIXES):
-                if entry.is_file():
-                    images.append(entry.path)
-                else:  # reading from a pipe, say, would wait for ever
-                    skipped.append(f"{entry.path} (not a regular file)")
-    return subfolders, images
-
-
-def _identity(path):
-    status = os.stat(path)
-    return status.st_dev, status.st_ino

@@ -4,20 +4,20 @@
 
 `operations.py`, `model.py` and `model_search.py` say what is computed; `accelerate` says how. It
 gives the layers it knows a class of the same name from here, with the parameters, buffers and
-state-dict keys they have. Cells and networks are left alone, so an edited `forward` of theirs is
-what runs, and an operation that is not known stays as it is. All of it is exact, to rounding:
+state-dict keys they have, after it has seen that they compute the same. Cells and networks are left
+alone, and so is a layer that somebody has edited. All of it is exact, to rounding:
 
-* A tensor's ReLU is computed once for all operations that ask for it.
 * The weight w of an operation goes into the BatchNorm that ends it: w (γ x̂ + β) = (wγ) x̂ + wβ
   takes no pass over the tensor.
 * On a CPU, oneDNN has kernels for all the convolutions here but not for all their gradients, and
   without one it is up to 30 times slower: gradients are put together from kernels that it has.
   All tensors are in channels-last memory there, where a 1×1 convolution is a product of matrices.
 * On Linux, memory that a step frees stays with the process, in huge pages.
-* On CUDA a step is bound by its launches: BatchNorm gets a γ and a β in any case, for cuDNN's one
-  kernel instead of torch's three, and nothing counts batches.
+* On CUDA, BatchNorm gets a γ and a β in any case, for cuDNN's one kernel instead of torch's three,
+  and nothing counts batches.
 """
 
+import copy
 import ctypes
 import functools
 import sys
@@ -32,14 +32,19 @@ import model_search
 import operations
 
 
-def accelerate(net):
+def accelerate(net, log=print):
     """Have a network compute the same values sooner.
+
+    Of each kind of layer (class and `repr`), a copy with random parameters is compared with its
+    faster form. One that computes something else, that cannot be taken, or that has hooks is left
+    as it is, for somebody has edited it.
 
     Parameters
     ----------
     net : nn.Module
-        A network of `model.py` or `model_search.py`; it is changed in place. Hooks on layers
-        inside an operation do not fire any more; those on operations and cells do.
+        A network of `model.py` or `model_search.py`; it is changed in place.
+    log : callable
+        Takes a line for each class of which layers are left as they are.
 
     Returns
     -------
@@ -48,26 +53,96 @@ def accelerate(net):
     """
     if all(p.is_cpu for p in net.parameters()):
         keep_memory()
-    for module in net.modules():
-        module.__class__ = FASTER.get(type(module), type(module))
+    for plain, faster in FASTER.items():
+        layers = [layer for layer in net.modules() if type(layer) is plain]
+        kinds = {}
+        for layer in layers:
+            if not has_hooks(layer):
+                kinds.setdefault(repr(layer), []).append(layer)
+        for same_kind in kinds.values():
+            if computes_the_same(same_kind[0], faster):
+                for layer in same_kind:
+                    layer.__class__ = faster
+        if left := sum(type(layer) is plain for layer in layers):
+            log(f"{plain.__name__} runs as it is written, not accelerated, in {left} of "
+                f"{len(layers)} layers: it has been edited")
     return net
 
 
-def once(x, name, compute):
-    """compute(x), once for all that ask by this name: it is kept with the tensor x, and as long."""
-    if not hasattr(x, name):
-        setattr(x, name, compute(x))
-    return getattr(x, name)
+def has_hooks(layer):
+    """Whether there is something to call that the faster form would pass by."""
+    inside = [layer] if isinstance(layer, model_search.MixedOp) else layer.modules()
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or "forward" in vars(m)
+        for m in inside
+    )
 
 
-def once_a_pass(x, name, compute):
-    """As `once`, for what depends on the values of x, through which a gradient may flow."""
-    if x.is_inference() or (x.is_leaf and x.requires_grad):  # may be changed, or used again
-        return compute(x)
-    state = x._version, torch.is_grad_enabled()
-    if getattr(x, name, (None,))[0] != state:
-        setattr(x, name, (state, compute(x)))
-    return getattr(x, name)[1]
+def computes_the_same(layer, faster):
+    """Whether a copy of a layer with random parameters computes the same in its faster form."""
+    plain, layer = type(layer), copy.deepcopy(layer).float().requires_grad_()
+    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+    with torch.random.fork_rng(devices), exact, torch.enable_grad():
+        try:
+            for training in (True, False):
+                found = _results(layer.train(training), faster, device)
+                expected = _results(layer, plain, device)
+                pairs = zip(found, expected, strict=True)
+                if not all(_is_close(a, b) for a, b in pairs):
+                    return False
+        except Exception:  # of whatever kind an edit may provoke; if it is real, a step raises it
+            return False
+    return True
+
+
+def _results(layer, cls, device):
+    """Outputs of a layer in the form of a class, all gradients, and running statistics."""
+    layer.__class__ = cls
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.is_floating_point():  # positive, for a variance is among them
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor.mul_(torch.randn(tensor.shape, generator=generator).sign().to(device)
+                            if tensor.requires_grad else 1)
+    found = []
+    for inputs in _inputs(layer, generator, device):
+        y = layer(*inputs)
+        g = torch.randn(y.shape, generator=generator).to(y)
+        trained = [t for t in _flat(inputs) if isinstance(t, torch.Tensor)]
+        trained += layer.parameters()
+        found += [y, *torch.autograd.grad(y, trained, g, allow_unused=True)]
+        found += [t.clone() for name, t in layer.named_buffers() if "running_" in name]
+    return found
+
+
+def _inputs(layer, generator, device):
+    """What to call a layer with: images of as many channels as its first layer takes."""
+    sizes = [getattr(m, "in_channels", None) or getattr(m, "num_features", None)
+             for m in layer.modules()]
+    channels = next((size for size in sizes if size), 4)
+
+    def images():
+        x = torch.randn(8, channels, 8, 8, generator=generator).to(device)
+        return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    if isinstance(layer, model_search.MixedOp):
+        w = torch.tensor(-0.7, device=device, requires_grad=True)
+        return [(images(), k, w) for k, op in enumerate(layer._ops) if op is not None]
+    return [([images(), images()],) if isinstance(layer, operations.Concat) else (images(),)]
+
+
+def _flat(inputs):
+    return [t for x in inputs for t in (x if isinstance(x, list) else [x])]
+
+
+def _is_close(a, b):
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
 
 
 @functools.cache
@@ -107,52 +182,57 @@ HUGE_PAGE, HEAP = 2 << 20, 4 << 30  # bytes; beyond this heap, pages are small
 class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x, w=None):
         scale, shift = self.scale_and_shift(w)
-        if self.training:
-            return batch_norm(x, scale, shift, self)
-        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, eps=self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, scale, shift, self.training, self.momentum,
+            self.eps,
+        )
 
     def scale_and_shift(self, w):
         """wγ and wβ; None stands for ones and zeros, but on CUDA."""
         scale, shift = self.weight, self.bias
-        if w is not None and self.affine and scale.requires_grad:
-            scale, shift = w * scale, w * shift
-        elif w is not None:  # where they do not train, the supernet holds γ = 1 and β = 0
-            name = f"_expanded_to_{self.num_features}"
-            scale, shift = once_a_pass(w, name, self._expand), None
+        if w is not None:
+            # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
+            scale = w * scale if self.affine else w.expand(self.num_features).contiguous()
+            shift = w * shift if self.affine else None
         if self.running_mean.is_cuda:
-            scale = once(self.running_mean, "_ones", torch.ones_like) if scale is None else scale
-            shift = once(self.running_mean, "_zeros", torch.zeros_like) if shift is None else shift
+            scale = constant(1, self.running_mean) if scale is None else scale
+            shift = constant(0, self.running_mean) if shift is None else shift
         return scale, shift
 
-    def _expand(self, w):
-        # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
-        return w.expand(self.num_features).contiguous()
+
+def constant(value, like):
+    return _constant(value, len(like), like.dtype, like.device)
+
+
+@functools.cache
+def _constant(value, n, dtype, device):
+    return torch.full((n,), value, dtype=dtype, device=device)
 
 
 class ReLUConvBN(operations.ReLUConvBN):
     def forward(self, x, w=None):
         _, conv, norm = self.op
-        x = once_a_pass(x, "_relu", relu)
         if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
-            return norm(pointwise(x, conv.weight), w)
-        return norm(conv(x), w)
+            return norm(pointwise(relu(x), conv.weight), w)
+        return norm(conv(relu(x)), w)
 
 
 class SepConv(operations.SepConv):
     def forward(self, x, w=None):
-        _, depthwise, point, norm, relu, *second = self.op
-        x = separable(once_a_pass(x, "_relu", relu), depthwise, point, norm)
+        _, depthwise, point, norm, _, *second = self.op
+        x = separable(relu(x), depthwise, point, norm)
         return separable(relu_(x), *second, w)  # BatchNorm's backward pass needs its input alone
 
 
 class DilConv(operations.DilConv):
     def forward(self, x, w=None):
-        return separable(once_a_pass(x, "_relu", relu), *self.op[1:], w)
+        _, *layers = self.op
+        return separable(relu(x), *layers, w)
 
 
 class FactorizedReduce(operations.FactorizedReduce):
     def forward(self, x, w=None):
-        even, odd = diagonal(once_a_pass(x, "_relu", relu))
+        even, odd = diagonal(relu(x))
         halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
         return self.bn(torch.cat(halves, dim=1), w)
 
@@ -170,7 +250,7 @@ class MixedOp(model_search.MixedOp):
 
 
 WEIGHTED = (ReLUConvBN, SepConv, DilConv, FactorizedReduce, Normed)
-FASTER = {
+FASTER = {  # what is inside others first
     nn.BatchNorm2d: BatchNorm2d,
     operations.ReLUConvBN: ReLUConvBN,
     operations.SepConv: SepConv,
@@ -186,7 +266,7 @@ FASTER = {
 # ------------------------------------------------------------------------------------------------
 # On a CPU the backward pass writes into the gradient that it is given, which takes 0.4 to 0.7 of
 # the time of a new tensor, and 2 % off a two-stage step. That gradient is nobody else's: all the
-# convolutions that ask for these ReLUs make theirs anew.
+# convolutions that take these ReLUs make theirs anew.
 
 
 def relu(x):
@@ -249,7 +329,9 @@ class _Separable(torch.autograd.Function):
         between = _depthwise(x, w_depth, stride, dilation)
         y = _pointwise(between, w_point)
         few = len(w_point) <= 32  # channels: much memory, and little to compute
-        z, mean, invstd = _batch_norm(y, scale, shift, norm, in_place=few)
+        z, mean, invstd = torch.native_batch_norm(
+            y, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
         between = between if ctx.needs_input_grad[2] and not few else None
         ctx.save_for_backward(
             x, w_depth, w_point, scale, mean, invstd, between, None if few else y
@@ -263,12 +345,12 @@ class _Separable(torch.autograd.Function):
         x, w_depth, w_point, scale, mean, invstd, between, y = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
         need_x, need_depth, need_point, *need_norm = ctx.needs_input_grad[:5]
-        if few := y is None:
+        if y is None:
             between = _depthwise(x, w_depth, stride, dilation)
             y = _pointwise(between, w_point)
         g = _channels_last(g)  # a slice of the gradient of a concatenation, maybe
-        g, g_scale, g_shift = _batch_norm_gradients(
-            g, y, scale, mean, invstd, ctx.eps, need_norm, in_place=few
+        g, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
+            g, y, scale, None, None, mean, invstd, True, ctx.eps, (True, *need_norm)
         )
         g_x = g_depth = g_point = None
         if need_point:
@@ -279,119 +361,6 @@ class _Separable(torch.autograd.Function):
         if need_depth:
             g_depth = _depthwise_weight_gradient(g, x, w_depth, stride, dilation)
         return g_x, g_depth, g_point, g_scale, g_shift, None, None, None
-
-
-# ------------------------------------------------------------------------------------------------
-# BatchNorm
-# ------------------------------------------------------------------------------------------------
-# In channels-last memory torch's kernels go from pixel to pixel, C numbers at a time: slow where
-# these are few, and slower with two threads, which then write to the same cache lines. So a row of
-# W pixels is taken for one pixel of W · C channels, whose sums are then added up. At 64×16×32×32,
-# on an AMD EPYC, 0.28 and 0.43 ms in place of 0.80 and 0.78 (forward, backward; a copy takes 0.09).
-
-BY_ROWS = 2**18  # numbers, beyond which that makes up for its many small calls
-
-
-def batch_norm(x, scale, shift, norm):
-    """BatchNorm with the statistics of the batch, and scale and shift for its γ and β.
-
-    Parameters
-    ----------
-    x : tensor, (B, C, H, W)
-    scale, shift : tensors, (C,), or None
-    norm : nn.BatchNorm2d
-        Whose running statistics move.
-    """
-    if _by_rows(x):
-        return _BatchNorm.apply(x, scale, shift, norm)
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, scale, shift, True, norm.momentum, norm.eps
-    )
-
-
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale, shift, norm):
-        y, mean, invstd = _batch_norm(x, scale, shift, norm)
-        ctx.save_for_backward(x, scale, mean, invstd)
-        ctx.eps = norm.eps
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, scale, mean, invstd = ctx.saved_tensors
-        return *_batch_norm_gradients(
-            _channels_last(g), x, scale, mean, invstd, ctx.eps, ctx.needs_input_grad[1:3]
-        ), None
-
-
-def _by_rows(*tensors):
-    return all(
-        x.is_cpu and x.dtype == torch.float32 and x.numel() > BY_ROWS
-        and x.is_contiguous(memory_format=torch.channels_last) for x in tensors
-    )
-
-
-def _batch_norm(x, scale, shift, norm, in_place=False):
-    """Output, mean and 1/√(variance + ε), as torch.native_batch_norm gives them.
-
-    With `in_place` the output may be written over x.
-    """
-    if not _by_rows(x):
-        return torch.native_batch_norm(
-            x, scale, shift, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
-        )
-    B, C, H, W = x.shape
-    rows = _rows(x)
-    means, variances = torch.batch_norm_update_stats(rows[..., None, None], None, None, 0)
-    spread, mean = torch.var_mean(means.view(W, C), 0, correction=0)
-    variance = variances.view(W, C).mean(0) + spread
-    n = B * H * W
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
-    invstd = (variance + norm.eps).rsqrt()
-    a = invstd if scale is None else scale * invstd
-    b = -mean * a if shift is None else shift - mean * a
-    y = x if in_place else torch.empty_like(x)
-    torch.addcmul(_row(b, W), rows, _row(a, W), out=_rows(y))
-    return y, mean, invstd
-
-
-def _batch_norm_gradients(g, y, scale, mean, invstd, eps, wanted, in_place=False):
-    """Gradients of input, scale and shift, the latter two where `wanted`.
-
-    With x̂ = (y − mean) invstd and n pixels, that of y is
-    scale invstd (g − Σg/n − x̂ Σ(g x̂)/n). With `in_place` it may be written over y.
-    """
-    if not _by_rows(g, y):
-        return torch.ops.aten.native_batch_norm_backward(
-            g, y, scale, None, None, mean, invstd, True, eps, (True, *wanted)
-        )
-    B, C, H, W = g.shape
-    n = B * H * W
-    _, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
-        _rows(g)[..., None, None], _rows(y)[..., None, None], None, None, None,
-        _row(mean, W), _row(invstd, W), True, eps, (False, True, True),
-    )
-    g_scale, g_shift = g_scale.view(W, C).sum(0), g_shift.view(W, C).sum(0)
-    a = invstd if scale is None else scale * invstd
-    b = g_scale * invstd * a / -n
-    c = g_shift * a / -n - b * mean
-    g_y = y if in_place else torch.empty_like(g)
-    torch.addcmul(_row(c, W), _rows(y), _row(b, W), out=_rows(g_y)).addcmul_(_rows(g), _row(a, W))
-    return g_y, g_scale if wanted[0] else None, g_shift if wanted[1] else None
-
-
-def _rows(x):
-    """The matrix of all rows, (batch · H, W · C)."""
-    B, C, H, W = x.shape
-    return x.permute(0, 2, 3, 1).view(B * H, W * C)
-
-
-def _row(v, W):
-    """A row of W pixels with the channels v."""
-    return v.expand(W, -1).flatten()
 
 
 # ------------------------------------------------------------------------------------------------

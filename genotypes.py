@@ -13,10 +13,7 @@ import json
 import os
 import random
 import re
-import warnings
 from collections import namedtuple
-
-from utils import UserError, replacing
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
@@ -31,7 +28,6 @@ PRIMITIVES = [
 ]
 
 NODES = 4  # intermediate nodes of a cell; nodes 0 and 1 are its inputs
-LONGEST_TEXT = 100_000  # characters; a genotype needs about 500
 
 
 # ------------------------------------------------------------------------------------------------
@@ -110,11 +106,11 @@ def load(spec):
         - a published name: `ISTA_twostage`, `ISTA_onestage` or `ISTA_ImageNet`;
         - `random:SEED` for cells drawn uniformly from the search space, `random:SEED:distinct` for
           cells whose nodes have two different input nodes (see `draw`);
-        - the path of a `genotype.json`, or of the run folder that holds one. It needs normal,
-          normal_concat, reduce and reduce_concat; a file without one_stage is one of two-stage
-          search;
-        - the printed form `Genotype(normal=[('sep_conv_3x3', 0), ...], ...)`. Everything before
-          `Genotype(` is ignored, so a line of a log or of DARTS' `genotypes.py` will do.
+        - the path of a `genotype.json`, or of the run folder that holds one; a file without
+          one_stage is one of two-stage search;
+        - the printed form `Genotype(normal=[('sep_conv_3x3', 0), ...], ...)`, or a file that holds
+          it. Everything before `Genotype(` is ignored, so a line of a log or of DARTS'
+          `genotypes.py` will do.
 
     Returns
     -------
@@ -126,30 +122,43 @@ def load(spec):
 
     Raises
     ------
-    UserError
-        With one line that says what is wrong; also when the text is not a genotype of 4 nodes
-        over `PRIMITIVES`.
+    ValueError
+        With one line that says what is wrong; also when it is not a genotype of `NODES` nodes over
+        `PRIMITIVES`.
+    OSError
+        When a file cannot be read.
     """
     spec = os.fspath(spec)
     if spec in NAMED:
-        return NAMED[spec]
+        genotype, one_stage = NAMED[spec]
+        return _check(genotype), one_stage
     if spec.startswith("random:"):
         parts = re.fullmatch(r"random:([0-9]{1,9})(:distinct)?", spec)
         if not parts:
-            raise UserError(f"{_short(spec)}: expected random:SEED or random:SEED:distinct with a "
-                            "whole number, as in random:3")
+            raise ValueError(f"{_short(spec)}: expected random:SEED or random:SEED:distinct with a "
+                             "whole number, as in random:3")
         return draw(int(parts[1]), distinct_edges=bool(parts[2])), False
     if "Genotype(" in spec:
-        return _check(_parse(spec)), False
+        return _parse(spec), False
     if os.path.isdir(spec):
-        return _read(os.path.join(spec, "genotype.json"))
-    if spec.endswith(".json") or os.path.exists(spec):
-        return _read(spec)
-    raise UserError(
-        f"unknown genotype {_short(spec)}: give one of {', '.join(NAMED)}, random:SEED, "
-        "random:SEED:distinct, the path of a genotype.json or of a run folder, or a text "
-        "'Genotype(normal=[...], ...)'"
-    )
+        spec = os.path.join(spec, "genotype.json")
+    if not spec.endswith(".json") and not os.path.exists(spec):
+        raise ValueError(
+            f"unknown genotype {_short(spec)}: give one of {', '.join(NAMED)}, random:SEED, "
+            "random:SEED:distinct, the path of a genotype.json or of a run folder, or a text "
+            "'Genotype(normal=[...], ...)'"
+        )
+    with open(spec, encoding="utf-8-sig", errors="replace") as file:  # -sig: a byte-order mark
+        text = file.read()
+    try:
+        if "Genotype(" in text:
+            return _parse(text), False
+        record = json.loads(text)
+        return from_lists(record), bool(record.get("one_stage", False))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        is_ours = type(error) is ValueError  # those of the parsers are not, or name no file
+        what = error if is_ours else "not a genotype.json (damaged, or another kind of file)"
+        raise ValueError(f"{spec}: {what}") from None
 
 
 def save(path, genotype, one_stage, **about):
@@ -172,8 +181,10 @@ def save(path, genotype, one_stage, **about):
     # One pair a line is easier to compare by eye than one number a line.
     text = re.sub(r'\[\s+("\w+"),\s+(\d)\s+\]', r"[\1, \2]", text)
     text = re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    with replacing(path) as file:
-        file.write(f"{text}\n".encode())
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(f"{text}\n")
+    os.replace(partial, path)
 
 
 def as_lists(genotype):
@@ -184,25 +195,26 @@ def as_lists(genotype):
 
 
 def from_lists(record):
-    """The Genotype of a dict as `as_lists` makes it; UserError where it is none."""
+    """The Genotype of a dict as `as_lists` makes it; ValueError where it is none."""
     return _check(Genotype(**{key: record[key] for key in Genotype._fields}))
+
+
+def by_node(pairs):
+    """The pairs of each intermediate node."""
+    each = len(pairs) // NODES
+    return [pairs[node * each : (node + 1) * each] for node in range(NODES)]
 
 
 def moved(before, after):
     """The pairs in which a genotype differs from an earlier one, as texts, one for each pair.
 
-    Returns
-    -------
-    list of str
-        Like "normal node 1: skip_connect of node 0 → sep_conv_3x3 of c_{k-1}".
+    Each is like "normal node 1: skip_connect of node 0 → sep_conv_3x3 of c_{k-1}".
     """
     sources = ["c_{k-2}", "c_{k-1}", *(f"node {j}" for j in range(NODES))]
     texts = []
     for cell in ("normal", "reduce"):
-        pairs_before, pairs_after = getattr(before, cell), getattr(after, cell)
-        each = len(pairs_after) // NODES
-        for node in range(NODES):
-            a, b = (pairs[node * each : (node + 1) * each] for pairs in (pairs_before, pairs_after))
+        nodes = [by_node(getattr(genotype, cell)) for genotype in (before, after)]
+        for node, (a, b) in enumerate(zip(*nodes, strict=True)):
             gone, come = ([p for p in x if p not in y] for x, y in ((a, b), (b, a)))
             texts += [
                 f"{cell} node {node}: {was} of {sources[old]} → {operation} of {sources[new]}"
@@ -216,12 +228,8 @@ def has_distinct_edges(genotype):
 
     Where two pairs of a node share an edge, the node adds up two operations on the same input.
     """
-    for pairs in (genotype.normal, genotype.reduce):
-        per_node = len(pairs) // NODES
-        for start in range(0, len(pairs), per_node):
-            if len({source for _, source in pairs[start : start + per_node]}) < per_node:
-                return False
-    return True
+    nodes = by_node(genotype.normal) + by_node(genotype.reduce)
+    return all(len({source for _, source in node}) == len(node) for node in nodes)
 
 
 def draw(seed, distinct_edges=False):
@@ -254,106 +262,52 @@ def draw(seed, distinct_edges=False):
     return Genotype(cell(), range(2, 2 + NODES), cell(), range(2, 2 + NODES))
 
 
-def _read(path):
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # some editors put a byte-order mark first
-            record = {"one_stage": False, **json.loads(file.read(LONGEST_TEXT))}
-        one_stage = record["one_stage"]
-        record = {key: record[key] for key in Genotype._fields}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(
-            f"{path}: not a genotype.json (damaged, or another kind of file); search.py writes "
-            "them, and genotypes.jsonl of the same run folder holds every epoch's"
-        ) from None
-    if not isinstance(one_stage, bool):
-        raise UserError(f"{path}: one_stage must be true or false")
-    try:
-        return from_lists(record), one_stage
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def _parse(text):
-    """The Genotype of a printed text, by its syntax tree: nothing in the text is executed."""
-    start, end = text.find("Genotype("), text.rfind(")")
-    if end - start > LONGEST_TEXT:
-        raise UserError("genotype text: far too long to be one")
+    """The Genotype of a printed text: its fields as a literal dict, nothing else is understood."""
+    text = re.sub(r"(?:\w+\.)?int\d+\((\d+)\)", r"\1", text)  # np.int64(0) of released logs
+    text = re.sub(
+        r"range\((\d\d?), *(\d\d?)\)", lambda m: str([*range(int(m[1]), int(m[2]))]), text
+    )
+    found = re.search(r"Genotype\(((?:[^()]|\([^()]*\))*)\)", text)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's remarks on the style of the text
-            call = ast.parse(text[start : end + 1], mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise UserError(f"malformed genotype text {_short(text)}") from None
-    if not isinstance(call, ast.Call) or _name(call) != "Genotype":
-        raise UserError(f"malformed genotype text {_short(text)}")
-    fields = dict(zip(Genotype._fields, call.args, strict=False))
-    fields.update((keyword.arg, keyword.value) for keyword in call.keywords)
-    if len(fields) != len(call.args) + len(call.keywords) or set(fields) != set(Genotype._fields):
-        raise UserError(f"genotype text must give {', '.join(Genotype._fields)}, each once")
-    return Genotype(**{key: _literal(node) for key, node in fields.items()})
-
-
-def _literal(node):
-    """Value of a list, tuple, string, whole number, range(a, b) or np.int64(k)."""
-    match node:
-        case ast.Constant(value=str() | int() as value):
-            return value
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item) for item in items]
-        case ast.Call(args=[ast.Constant(value=int() as k)], keywords=[]) if re.fullmatch(
-            r"int\d+", _name(node)
-        ):
-            return k
-        case ast.Call(
-            args=[ast.Constant(value=int() as a), ast.Constant(value=int() as b)], keywords=[]
-        ) if _name(node) == "range" and 0 <= a <= b <= 2 + NODES:
-            return list(range(a, b))
-    raise UserError("malformed genotype text: only lists, tuples, strings, numbers and ranges")
-
-
-def _name(call):
-    """Last part of the name of a called function: int64 of np.int64(0)."""
-    function = call.func
-    return getattr(function, "attr", None) or getattr(function, "id", "")
+        items = re.sub(r"\b(\w+) *=", r"'\1':", found[1])
+        record = ast.literal_eval("{" + items + "}")
+    except (SyntaxError, TypeError, ValueError):  # found is None, say
+        raise ValueError(f"malformed genotype text {_short(text)}") from None
+    if lost := {*Genotype._fields} - record.keys():
+        raise ValueError(f"the genotype text does not give {min(lost)}")
+    return from_lists(record)
 
 
 def _check(genotype):
-    """The genotype with its pairs as tuples, or UserError where it is not one of our cells."""
+    """The genotype with its pairs as tuples, or ValueError where it is not one of our cells."""
     cells = {}
     for cell in ("normal", "reduce"):
         pairs, concat = getattr(genotype, cell), getattr(genotype, f"{cell}_concat")
-        if not isinstance(pairs, list | tuple) or not pairs or len(pairs) % NODES:
-            raise UserError(f"{cell} must list as many pairs for each of the {NODES} nodes")
-        for k, pair in enumerate(pairs):
-            node = k // (len(pairs) // NODES)
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise UserError(f"{cell}: {_short(pair)} is not an (operation, node) pair")
-            operation, source = pair
-            if operation not in PRIMITIVES:
-                raise UserError(
-                    f"{cell}: there is no operation {_short(operation)}; "
-                    f"there are {', '.join(PRIMITIVES)}"
-                )
-            if type(source) is not int or not 0 <= source < node + 2:
-                raise UserError(
-                    f"{cell}: node {node + 2} cannot take its input from {_short(source)}, "
-                    f"only from nodes 0 to {node + 1}"
-                )
-        if not isinstance(concat, list | tuple | range) or not concat:
-            raise UserError(f"{cell}_concat must list nodes")
+        if not pairs or len(pairs) % NODES:
+            raise ValueError(f"{cell} must list as many pairs for each of the {NODES} nodes")
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"{cell} must be a list of (operation, node) pairs")
+        for node, chosen in enumerate(by_node(pairs), 2):
+            for operation, source in chosen:
+                if operation not in PRIMITIVES:
+                    raise ValueError(
+                        f"{cell}: there is no operation {_short(operation)}; "
+                        f"there are {', '.join(PRIMITIVES)}"
+                    )
+                if type(source) is not int or not 0 <= source < node:
+                    raise ValueError(
+                        f"{cell}: node {node} cannot take its input from {_short(source)}, "
+                        f"only from nodes 0 to {node - 1}"
+                    )
         concat = list(concat)
-        allowed = range(2, 2 + NODES)
-        if any(type(n) is not int or n not in allowed for n in concat) or len(set(concat)) < len(
-            concat
-        ):
-            raise UserError(f"{cell}_concat must hold nodes of 2 to {NODES + 1}, each once")
+        if not concat or not {*concat} <= {*range(2, 2 + NODES)} or len({*concat}) < len(concat):
+            raise ValueError(f"{cell}_concat must hold nodes of 2 to {NODES + 1}, each once")
         whole = range(concat[0], concat[-1] + 1)
         cells[cell] = [tuple(pair) for pair in pairs]
         cells[f"{cell}_concat"] = whole if list(whole) == concat else concat
     if len(cells["normal"]) != len(cells["reduce"]):
-        raise UserError("normal and reduce must hold the same number of pairs")
+        raise ValueError("normal and reduce must hold the same number of pairs")
     return Genotype(**cells)
 
 

@@ -8,7 +8,6 @@ Unlike the data sets of `data.py` it is too large to be kept decoded, so each pa
 anew. The interface is that of `data.py`.
 """
 
-import contextlib
 import math
 import os
 import signal
@@ -25,20 +24,18 @@ from utils import UserError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 SEEDS = 2**62  # of an image's augmentation
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Images(data.Images):
     """The files of one split.
 
     Attributes
     ----------
-    files : array (N,) of bytes
+    images : array (N,) of bytes
         Paths. One array, as a list of a million strings would be copied by every worker.
-    labels : int64 tensor (N,)
-    classes : list of str
-        Name of each label.
+    labels, classes, mean, std
+        As in `data.Images`; labels are on the CPU.
     image_size : int
         Height and width of x in `batches`.
     device : torch.device
@@ -47,105 +44,63 @@ class Images:
         Processes that read images; 0 reads in this one.
     readers : int
         Data sets that are read side by side in training, among which the workers are shared.
-    mean, std : tuples of 3 floats
-        By which channels are normalised, in units where white is 1.
     """
 
-    files: np.ndarray
-    labels: torch.Tensor
-    classes: list
     image_size: int
     device: torch.device
     workers: int
     readers: int = 1
-    mean: tuple = MEAN
-    std: tuple = STD
-
-    def __len__(self):
-        return len(self.labels)
 
     def subset(self, index):
-        """The images at ``index`` (an int64 tensor, any device), one of two halves in training."""
+        """The images at `index` (an int64 tensor, any device), one of two halves in training."""
         index = index.cpu()
-        return replace(self, files=self.files[index.numpy()], labels=self.labels[index], readers=2)
+        return replace(self, images=self.images[index.numpy()], labels=self.labels[index],
+                       readers=2)
 
     def batches(self, batch_size, **options):
         """`Batches` of these images, with its options."""
         return Batches(self, batch_size, **options)
 
 
-def load(dataset, root, image_size=224, device="cpu", workers=0, log=print):
+def load(dataset, root, image_size=224, device="cpu", workers=0, log=print, *, test_only=False):
     """List the images of ``root/train/<class>/*`` and ``root/val/<class>/*``; none is read yet.
 
-    Parameters
-    ----------
-    dataset : str
-        ``"imagenet"``
-    root : path
-    image_size : int
-        Height and width of the images in a batch.
-    device : torch.device or str
-        Of the batches.
-    workers : int
-        Processes that read images; 0 reads in the calling one.
-    log : callable
-        Takes a line of text worth knowing.
-
-    Returns
-    -------
-    train, val : Images
-        Both with the classes of the training images.
-
-    Raises
-    ------
-    UserError
-        When a folder is missing, or a class is empty, alone, or in val/ only.
+    Parameters and what is returned are those of `data.load`, but that `workers` are processes, and
+    mean and std always those of ImageNet. `dataset` is not used.
     """
-    if dataset != "imagenet":
-        raise UserError(f"unknown data set {dataset!r}: only imagenet is read from files")
-    classes, splits = data.scan(root, ("val",), log)
-    return tuple(
-        Images(np.array([os.fsencode(path) for path in files], dtype=np.bytes_), labels, classes,
-               image_size, torch.device(device), workers)
-        for files, labels in splits
+    *pairs, classes = data.scan(root, ("val",), log, test_only)
+    train, val = (
+        pair and Images(
+            np.array([os.fsencode(path) for path in pair[0]]), pair[1], classes, MEAN, STD,
+            image_size=image_size, device=torch.device(device), workers=workers,
+        )
+        for pair in pairs
     )
+    return train, val
 
 
 class Batches(data.Batches):
     """Batches ``(x, y)``: float32 (B, 3, H, W), normalised, and int64 (B,).
 
-    Passes over the images, ranks and ``generator`` are as in `data.Batches`; a pass repeats itself
-    exactly with any number of workers. Training images are cropped at random (8 to 100 % of the
-    area), resized, mirrored and jittered in colour; others are resized by their shorter side to 8/7
-    of the image size, and the centre is taken.
+    Parameters, passes over the images and ranks are as in `data.Batches`, but the generator may be
+    on any device; a pass repeats itself exactly with any number of workers. Training images are
+    cropped at random (8 to 100 % of the area), resized, mirrored and jittered in colour, and there
+    are no other augmentations; others are resized by their shorter side to 8/7 of the image size,
+    and the centre is taken. An image that cannot be read is a UserError while iterating.
 
     A training pass keeps its workers for the next one, for where it takes seconds to start them. So
     it ends the pass before, if that was left early. Other passes start workers of their own and end
     them. Two halves of a data set have half of the workers each in training.
-
-    Parameters
-    ----------
-    images : Images
-    batch_size : int
-        Of one rank.
-    train : bool
-    cutout_length : int
-        0; there is no cutout here.
-    generator, memory_format, rank, world_size
-        As in `data.Batches`, but the generator may be on any device.
-
-    Raises
-    ------
-    UserError
-        When there is no batch to train on; while iterating, when an image cannot be read.
     """
 
-    def __init__(self, images, batch_size, *, train, cutout_length=0, **options):
-        if cutout_length:
-            raise UserError("--dataset imagenet is augmented without cutout: give --no-cutout")
+    def __init__(self, images, batch_size, *, train, **options):
         if train and batch_size < 2:
             raise UserError("--batch_size 1: BatchNorm needs at least 2 images to train on")
         super().__init__(images, batch_size, train=train, **options)
+        for name, value in self.augmentation.items():
+            if value:
+                hint = "give --no-cutout" if name == "cutout_length" else "leave it out"
+                raise UserError(f"--dataset imagenet is augmented without {name}: {hint}")
         workers = math.ceil(images.workers / images.readers) if train else images.workers
         self.loader = DataLoader(
             _Reader(images, train), batch_sampler=_Plan(self),
@@ -156,22 +111,24 @@ class Batches(data.Batches):
         )
 
     def __iter__(self):
+        images = self.images
         for batch in self._read():
             if isinstance(batch, UserError):
                 # A copy, for a raised error refers to this frame: in a cycle with it, the loader
                 # would be left to the garbage collector, and its workers linger for seconds.
                 raise UserError(str(batch))
-            pixels, labels = (part.to(self.images.device, non_blocking=True) for part in batch)
-            x, images = pixels.permute(0, 3, 1, 2), self.images
+            pixels, labels = (part.to(images.device, non_blocking=True) for part in batch)
+            x = pixels.permute(0, 3, 1, 2)
             yield data.normalize(x, images.mean, images.std, self.memory_format), labels
 
     def _read(self):
         try:
-            with _signals_wait():
-                batches = iter(self.loader)
-            yield from batches
-        except (RuntimeError, OSError) as error:  # a worker was killed, or shared memory is full
+            yield from self.loader
+        except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
+            if not self.loader.num_workers or reason.startswith("Caught"):
+                raise  # the error of an edit, here or in a worker
+            # A worker was killed, or shared memory is full.
             raise UserError(
                 f"images could not be read ({reason}): give fewer --workers, or 0"
             ) from error
@@ -210,31 +167,27 @@ class _Reader:
     """Reads and augments an image; runs in the workers, and returns what the error is."""
 
     def __init__(self, images, train):
-        self.files, self.labels = images.files, images.labels.numpy()
+        self.files, self.labels = images.images, images.labels.numpy()
         size = images.image_size
-        self.transform = v2.Compose(
-            [
+        if train:
+            self.transform = v2.Compose([
                 v2.RandomResizedCrop(size),
                 v2.RandomHorizontalFlip(),
                 v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2),
-            ]
-            if train
-            else [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
-        )
+            ])
+        else:
+            self.transform = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
 
     def __getitem__(self, item):
         index, seed = item
         try:
             image = data.read_rgb(os.fsdecode(self.files[index]))
-            with torch.random.fork_rng(devices=[]):  # transforms know the global generator only
-                if seed is not None:
-                    torch.default_generator.manual_seed(seed)
-                return np.asarray(self.transform(image)), self.labels[index]
         except UserError as error:
             return error
-        except MemoryError:
-            return UserError("the machine has too little memory to read images: give fewer "
-                             "--workers, a smaller --batch_size or --image_size")
+        with torch.random.fork_rng(devices=[]):  # transforms know the global generator only
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            return np.asarray(self.transform(image)), self.labels[index]
 
 
 def _collate(samples):
@@ -245,22 +198,8 @@ def _collate(samples):
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
-_mask_signals = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # not on Windows
-
-
-@contextlib.contextmanager
-def _signals_wait():
-    # A worker begins with the signal handlers of this process, and is not to run them.
-    _mask_signals(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        _mask_signals(signal.SIG_UNBLOCK, SIGNALS)
-
-
 def _start_worker(worker):
     # Ctrl-C, and some schedulers' SIGTERM, reach all processes at once. The main one says what
     # there is to say; its loader would raise an error if a worker's exit status were not 0.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
-    _mask_signals(signal.SIG_UNBLOCK, SIGNALS)

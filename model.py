@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoints
-from genotypes import NODES, as_lists, from_lists
-from operations import FactorizedReduce, ReLUConvBN, build, drop_path
-from utils import UserError
+from genotypes import as_lists, by_node, from_lists
+from operations import Concat, FactorizedReduce, ReLUConvBN, build, drop_path
 
 
 class Skeleton(nn.Module):
@@ -37,6 +35,11 @@ class Skeleton(nn.Module):
         make_cell(C_prev_prev, C_prev, C, reduction, reduction_prev) builds a cell.
     imagenet : bool
         Stem and auxiliary head for 224×224 images instead of those for 32×32.
+
+    Attributes
+    ----------
+    drop_path_prob : float
+        Probability with which an operation's output is dropped for a sample, in training mode.
     """
 
     def __init__(self, C, num_classes, layers, auxiliary, make_cell, imagenet=False):
@@ -64,6 +67,7 @@ class Skeleton(nn.Module):
 
         self.auxiliary = auxiliary
         self.auxiliary_layer = 2 * layers // 3
+        self.register_buffer("keep_prob", torch.ones(()), persistent=False)
         self.drop_path_prob = 0.0
         self.cells = nn.ModuleList()
         for i in range(layers):
@@ -79,6 +83,15 @@ class Skeleton(nn.Module):
             self.auxiliary_head = AuxiliaryHead(C_auxiliary, num_classes, imagenet)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(C_prev, num_classes)
+
+    @property
+    def drop_path_prob(self):
+        return self._drop_path_prob
+
+    @drop_path_prob.setter
+    def drop_path_prob(self, value):  # whether it is 0 decides what runs; its size does not
+        self._drop_path_prob = value
+        self.keep_prob.fill_(1 - value)
 
     def forward(self, x, normal=(), reduce=()):
         """Logits of a batch; `normal` and `reduce` are what the cells of a type are given besides.
@@ -98,9 +111,9 @@ class Skeleton(nn.Module):
         else:
             s0 = s1 = self.stem(x)                                    # (B, 3C, H, W)
         logits_aux = None
-        drop_prob = self.drop_path_prob if self.training else 0.0
+        keep = self.keep_prob if self.training and self.drop_path_prob > 0 else None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop_prob, *(reduce if cell.reduction else normal))
+            s0, s1 = s1, cell(s0, s1, keep, *(reduce if cell.reduction else normal))
             if i == self.auxiliary_layer and self.auxiliary and self.training:
                 logits_aux = self.auxiliary_head(s1)                  # (B, num_classes)
         pooled = self.global_pooling(s1).flatten(1)                   # (B, C of the last cell)
@@ -160,33 +173,29 @@ class Cell(nn.Module):
         self.reduction = reduction
         self.preprocess0, self.preprocess1 = preprocess(C_prev_prev, C_prev, C, reduction_prev)
         pairs = genotype.reduce if reduction else genotype.normal
-        self.concat = genotype.reduce_concat if reduction else genotype.normal_concat
-        self.C_out = C * len(self.concat)
-        self.inputs = [node for _, node in pairs]
-        self.pairs_per_node = len(pairs) // NODES
+        self.outputs = genotype.reduce_concat if reduction else genotype.normal_concat
+        self.C_out = C * len(self.outputs)
+        self.inputs = by_node([node for _, node in pairs])
         self._ops = nn.ModuleList(
-            build(
-                primitive,
-                C,
-                stride=2 if reduction and node < 2 else 1,
-                norm_pools=one_stage,
-                norm_skips=one_stage,
-            )
+            build(primitive, C, stride=2 if reduction and node < 2 else 1,
+                  norm_pools=one_stage, norm_skips=one_stage)
             for primitive, node in pairs
         )
+        self.concat = Concat()
 
-    def forward(self, s0, s1, drop_prob):
+    def forward(self, s0, s1, keep):
         states = [self.preprocess0(s0), self.preprocess1(s1)]         # nodes: (B, C, H, W)
-        pairs = list(zip(self._ops, self.inputs, strict=True))
-        for first in range(0, len(pairs), self.pairs_per_node):
-            outputs = []
-            for op, node in pairs[first : first + self.pairs_per_node]:
+        ops = iter(self._ops)
+        for inputs in self.inputs:
+            terms = []
+            for node in inputs:
+                op = next(ops)
                 y = op(states[node])
-                if drop_prob > 0 and not isinstance(op, nn.Identity):
-                    y = drop_path(y, drop_prob)
-                outputs.append(y)
-            states.append(sum(outputs[1:], outputs[0]))
-        return torch.cat([states[node] for node in self.concat], dim=1)
+                if keep is not None and not isinstance(op, nn.Identity):
+                    y = drop_path(y, keep)
+                terms.append(y)
+            states.append(sum(terms[1:], terms[0]))
+        return self.concat([states[node] for node in self.outputs])
 
 
 class NetworkCIFAR(Skeleton):
@@ -206,7 +215,7 @@ class NetworkCIFAR(Skeleton):
     Attributes
     ----------
     drop_path_prob : float
-        Probability with which an operation's output is dropped for a sample, in training mode.
+        See `Skeleton`.
     config : dict
         All that `from_config` needs to build the network again.
     """
@@ -236,13 +245,7 @@ class NetworkImageNet(NetworkCIFAR):
 
 
 def from_config(config):
-    """Build the network whose `config` this is.
-
-    Raises
-    ------
-    ValueError
-        If its genotype is none.
-    """
+    """Build the network whose `config` this is."""
     kwargs = {**config, "genotype": from_lists(config["genotype"])}
     return (NetworkImageNet if kwargs.pop("imagenet") else NetworkCIFAR)(**kwargs)
 
@@ -262,15 +265,8 @@ def load(path):
     about : dict
         What is known of it: `classes`, the name of each label; `mean` and `std`, of the channels,
         by which training normalised images (see `data.normalize`); `image_size`; accuracies.
-
-    Raises
-    ------
-    utils.UserError
-        If the file is damaged or holds something else.
     """
-    state = checkpoints.read_weights(path)
-    if "genotype" not in state["config"]:
-        raise UserError(f"{path} does not say what genotype its weights are for")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     net = from_config(state["config"])
-    checkpoints.load_weights(net, state["weights"], path)
-    return net.eval(), state.get("about", {})
+    net.load_state_dict(state["weights"])
+    return net.eval(), state["about"]

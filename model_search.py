@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import distributed
 import ista
 from genotypes import NODES, PRIMITIVES, Genotype, as_lists
 from model import NetworkCIFAR, NetworkImageNet, Skeleton, preprocess
-from operations import build, drop_path, last_norm
+from operations import Concat, build, drop_path, last_norm
 
 
 class Recovery(NamedTuple):
@@ -34,8 +33,6 @@ class Recovery(NamedTuple):
     distance : list of float
         ‖z_new − z_last‖₂ of each node, z_last being the last code that was accepted; 0 for a
         frozen node.
-    changed : int
-        Pairs in the supports now that were not there before.
     frozen : list of bool
         Nodes whose code is final.
     parameters : int or None
@@ -45,20 +42,36 @@ class Recovery(NamedTuple):
     not_converged : int
         Codes for which the solver asked for did not converge, so that homotopy solved them.
     too_sparse : list of bool
-        Nodes whose code has fewer than s nonzero entries to choose from; they keep pairs of their
-        last support in place of zeros, and do not freeze.
+        Nodes with a zero among the chosen entries of their code; they do not freeze.
     lam_max : list of float
         ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
     """
 
     distance: list
-    changed: int
     frozen: list
     parameters: int | None
     rejected: bool
     not_converged: int
     too_sparse: list
     lam_max: list
+
+
+# ------------------------------------------------------------------------------------------------
+# Points, dictionaries and codes
+# ------------------------------------------------------------------------------------------------
+
+
+def uniform(m, n):
+    """Entries uniform on [0, 1), as in the released code: columns about √(m/3) long."""
+    return torch.rand(m, n, dtype=torch.float64)
+
+
+def normal(m, n):
+    """Entries N(0, 1), as reported for the paper, with columns scaled (by us) to norm 1."""
+    return nn.functional.normalize(torch.randn(m, n, dtype=torch.float64), dim=0)
+
+
+DICTIONARIES = {"uniform": uniform, "normal": normal}
 
 
 class SparseCode(nn.Module):
@@ -88,22 +101,26 @@ class SparseCode(nn.Module):
     distinct_edges : bool
         Whether the support takes at most one pair an edge: that of each edge's largest |z|, and
         of these the s largest, as DARTS derives its cells.
+    dictionary : str
+        One of `DICTIONARIES`.
 
     Attributes
     ----------
     A : list of 4 tensors, float64, (m, n_j)
-        Entries uniform on [0, 1), drawn once.
+        Drawn once.
     b : nn.ParameterList of 4 tensors, (m,)
         All that is trained of the architecture; initialised 1e-3·N(0, 1).
     z : list of 4 tensors, float64, (n_j,)
     support : list of 4 lists of (edge, operation index)
-        In the order of k = edge·7 + operation. It decides what runs, so it lives on the host.
+        It decides what runs, so it lives on the host.
     M, c : tensors, float64, (4, s, m) and (4, s)
     is_frozen : list of 4 bools
         Whether a node's code is final.
     """
 
-    def __init__(self, proj_dims=7, sparseness=2, lam=1e-5, distinct_edges=False):
+    def __init__(
+        self, proj_dims=7, sparseness=2, lam=1e-5, distinct_edges=False, dictionary="uniform"
+    ):
         super().__init__()
         self.sparseness = sparseness
         self.lam = lam
@@ -111,7 +128,7 @@ class SparseCode(nn.Module):
         self.b = nn.ParameterList()
         for j in range(NODES):
             n = len(PRIMITIVES) * (j + 2)
-            self.register_buffer(f"A{j}", torch.rand(proj_dims, n, dtype=torch.float64))
+            self.register_buffer(f"A{j}", DICTIONARIES[dictionary](proj_dims, n))
             self.register_buffer(f"z{j}", torch.zeros(n, dtype=torch.float64))
             self.b.append(nn.Parameter(1e-3 * torch.randn(proj_dims)))
         # The state dict holds what is final and what runs as tensors; Python asks the lists.
@@ -123,7 +140,6 @@ class SparseCode(nn.Module):
         self.register_buffer("M", torch.zeros(size, dtype=torch.float64), persistent=False)
         self.register_buffer("c", torch.zeros(size[:2], dtype=torch.float64), persistent=False)
         self.recover()
-        self.register_load_state_dict_pre_hook(SparseCode._before_loading)
         self.register_load_state_dict_post_hook(SparseCode._after_loading)
 
     @property
@@ -169,10 +185,10 @@ class SparseCode(nn.Module):
         return codes, last, lam_max, not_converged
 
     def choose(self, codes):
-        """The support that codes give: of each node the s pairs largest in |z|.
+        """The rule: the support that codes give, of each node the s pairs largest in |z|.
 
-        Ties go to the smaller index. Zeros are not chosen: a node whose code has too few other
-        entries keeps pairs of its last support.
+        Ties go to the smaller index, and where a code has fewer than s nonzero entries, to pairs of
+        the last support. Asked once a recovery; a frozen node keeps its support whatever it says.
 
         Parameters
         ----------
@@ -181,38 +197,32 @@ class SparseCode(nn.Module):
         Returns
         -------
         support : list of 4 lists of (edge, operation index)
-        too_sparse : list of 4 bools
-            Nodes that had to keep a pair for want of nonzero entries.
         """
-        support, too_sparse = [], []
+        support = []
         for z, last in zip(codes, self.support, strict=True):
-            size = np.abs(z)
-            edges = np.arange(len(z)) // len(PRIMITIVES)
-            was_chosen = np.isin(np.arange(len(z)), [e * len(PRIMITIVES) + op for e, op in last])
-            order = np.lexsort((~was_chosen & (size == 0), -size))  # stable
+            size, pairs = np.abs(z), np.arange(len(z))
+            has_run = np.isin(pairs, indices(last))
+            order = np.lexsort((~has_run & (size == 0), -size))  # stable
             if self.distinct_edges:
-                _, first = np.unique(edges[order], return_index=True)  # each edge's largest
-                order = order[np.sort(first)]
-            chosen = np.sort(order[: self.sparseness])
-            support.append([divmod(k, len(PRIMITIVES)) for k in chosen.tolist()])
-            too_sparse.append(not size[chosen].all())
-        return support, too_sparse
+                _, first = np.unique(order // len(PRIMITIVES), return_index=True)
+                order = order[np.sort(first)]  # each edge's largest
+            chosen = np.sort(order[: self.sparseness]).tolist()
+            support.append([divmod(k, len(PRIMITIVES)) for k in chosen])
+        return support
+
+    def choose_unfrozen(self, codes):
+        """What `choose` says, but for frozen nodes."""
+        nodes = zip(self.is_frozen, self.support, self.choose(codes), strict=True)
+        return [last if frozen else new for frozen, last, new in nodes]
 
     @torch.no_grad()
-    def accept(self, codes):
-        """Take codes for z, and with them the support, M and c.
-
-        Parameters
-        ----------
-        codes : list of 4 arrays, (n_j,)
-        """
-        self.support, _ = self.choose(codes)
-        S = [edge * len(PRIMITIVES) + op for node in self.support for edge, op in node]
-        flat = torch.from_numpy(np.concatenate([*codes, S]))
+    def accept(self, codes, support):
+        """Take codes for z and what was chosen for the support, and with them M and c."""
+        self.support = support
+        flat = torch.from_numpy(np.concatenate([*codes, *map(indices, support)]))
         if self.c.is_cuda:  # a copy from pinned memory does not wait
             flat = flat.pin_memory()
-        sizes = [*map(len, codes), len(S)]
-        *codes, S = flat.to(self.c, non_blocking=True).split(sizes)
+        *codes, S = flat.to(self.c, non_blocking=True).split([*map(len, codes), self.S.numel()])
         self.S.copy_(S.view_as(self.S))
         for z, code in zip(self.z, codes, strict=True):
             z.copy_(code)
@@ -225,15 +235,14 @@ class SparseCode(nn.Module):
             self.c[j] = A_S.T @ (A_S @ z_S) - z_S
 
     def recover(self, solver="homotopy"):
-        """Refresh z, the support, M and c from b, but for frozen nodes: `solve`, then `accept`.
+        """Refresh z, the support, M and c from b, but for frozen nodes; see `solve`.
 
         Returns
         -------
         not_converged : int
-            As `solve`, whose parameters and errors it has.
         """
         codes, *_, not_converged = self.solve(solver)
-        self.accept(codes)
+        self.accept(codes, self.choose_unfrozen(codes))
         return not_converged
 
     def active_weights(self):
@@ -270,18 +279,16 @@ class SparseCode(nn.Module):
         self.is_frozen[j] = True
         self.frozen[j].fill_(True)  # without a host sync
 
-    def _before_loading(self, state_dict, prefix, *_):
-        if f"{prefix}z0" in state_dict and f"{prefix}S" not in state_dict:  # of an older run
-            (codes,) = _to_host([state_dict[f"{prefix}z{j}"] for j in range(NODES)])
-            support, _ = self.choose(codes)
-            S = [[edge * len(PRIMITIVES) + op for edge, op in node] for node in support]
-            state_dict[f"{prefix}S"] = torch.tensor(S)
-
     @torch.no_grad()
     def _after_loading(self, _incompatible_keys):
         self.is_frozen = self.frozen.tolist()
         self.support = [[divmod(k, len(PRIMITIVES)) for k in node] for node in self.S.tolist()]
         self._make_weights()
+
+
+def indices(pairs):
+    """The numbers k = edge·7 + operation of pairs."""
+    return [edge * len(PRIMITIVES) + op for edge, op in pairs]
 
 
 def _to_host(*lists):
@@ -291,6 +298,11 @@ def _to_host(*lists):
     ends = np.cumsum([t.numel() for t in tensors])[:-1]
     parts = iter(np.split(flat, ends))
     return [[next(parts).reshape(t.shape) for t in tensors] for tensors in lists]
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------
 
 
 class MixedOp(nn.Module):
@@ -322,25 +334,26 @@ class Cell(nn.Module):
             for j in range(NODES)
             for edge in range(j + 2)
         )
+        self.concat = Concat()
 
     def edges(self, j):
         """The MixedOps that lead into intermediate node j, by their input node."""
         first = sum(i + 2 for i in range(j))
         return self._ops[first : first + j + 2]
 
-    def forward(self, s0, s1, drop_prob, support, weights):
+    def forward(self, s0, s1, keep, support, weights):
         states = [self.preprocess0(s0), self.preprocess1(s1)]         # nodes: (B, C, H, W)
         first = 0  # edge into this node from node 0
         for node, node_weights in zip(support, weights, strict=True):
-            outputs = []
+            terms = []
             for (edge, op), w in zip(node, node_weights, strict=True):
                 y = self._ops[first + edge](states[edge], op, w)
-                if drop_prob > 0:  # one-stage search, in which even a skip is not bare
-                    y = drop_path(y, drop_prob)
-                outputs.append(y)
+                if keep is not None:  # one-stage search, in which even a skip is not bare
+                    y = drop_path(y, keep)
+                terms.append(y)
             first += len(states)
-            states.append(sum(outputs[1:], outputs[0]))
-        return torch.cat(states[2:], dim=1)                           # (B, 4C, H, W)
+            states.append(sum(terms[1:], terms[0]))
+        return self.concat(states[2:])                                # (B, 4C, H, W)
 
 
 class Network(Skeleton):
@@ -357,18 +370,23 @@ class Network(Skeleton):
         Whether it has an auxiliary head.
     imagenet : bool
         Stem and auxiliary head for 224×224 images instead of those for 32×32.
-    proj_dims, sparseness, lam, distinct_edges
+    proj_dims, sparseness, lam, distinct_edges, dictionary
         See `SparseCode`.
 
     Attributes
     ----------
     normal_code, reduce_code : SparseCode
     drop_path_prob : float
+
+    Raises
+    ------
+    ValueError
+        If `one_stage` and the weight of an operation cannot be absorbed into its last BatchNorm.
     """
 
     def __init__(
         self, C, num_classes, layers, *, one_stage=False, auxiliary=False, imagenet=False,
-        proj_dims=7, sparseness=2, lam=1e-5, distinct_edges=False,
+        proj_dims=7, sparseness=2, lam=1e-5, distinct_edges=False, dictionary="uniform",
     ):
         def make_cell(*shape):
             return Cell(*shape, one_stage)
@@ -376,9 +394,11 @@ class Network(Skeleton):
         super().__init__(C, num_classes, layers, auxiliary, make_cell, imagenet)
         self.shape = dict(C=C, num_classes=num_classes, layers=layers)
         self.one_stage = one_stage
-        self.normal_code = SparseCode(proj_dims, sparseness, lam, distinct_edges)
-        self.reduce_code = SparseCode(proj_dims, sparseness, lam, distinct_edges)
+        of_code = proj_dims, sparseness, lam, distinct_edges, dictionary
+        self.normal_code, self.reduce_code = SparseCode(*of_code), SparseCode(*of_code)
         self.codes = (self.normal_code, self.reduce_code)
+        if one_stage:
+            check_absorption(C)
         self._hold()
         self.register_load_state_dict_post_hook(Network._hold)
 
@@ -401,7 +421,7 @@ class Network(Skeleton):
         return [p for p in self.parameters() if id(p) not in arch]
 
     def genotype(self, supports=None):
-        """The support, or another one, as a Genotype: of each node its pairs by k.
+        """The support, or another one, as a Genotype: of each node its pairs in order.
 
         Parameters
         ----------
@@ -417,10 +437,8 @@ class Network(Skeleton):
         normal, reduce = (code.active_weights().flatten().tolist() for code in self.codes)
         return {**as_lists(self.genotype()), "normal_weights": normal, "reduce_weights": reduce}
 
-    def recover(self, solver="homotopy", freeze_tol=None, max_params=None):
+    def recover(self, solver="homotopy", freeze_tol=None, max_params=None, share=None):
         """Refresh codes and supports from the points b.
-
-        Every rank solves, and takes over the codes of rank 0, lest rounding part them.
 
         Parameters
         ----------
@@ -431,6 +449,9 @@ class Network(Skeleton):
         max_params : float, optional
             Millions of parameters. A candidate whose retraining network has as many or more is
             rejected: the last architecture stays, and no node freezes.
+        share : callable, optional
+            Of several ranks: takes what this one has found, returns what rank 0 has. Rounding
+            could part them.
 
         Returns
         -------
@@ -443,30 +464,26 @@ class Network(Skeleton):
         """
         solved = [code.solve(solver) for code in self.codes]
         codes, last, lam_max, not_converged = zip(*solved, strict=True)
-        codes = distributed.from_rank_zero(codes)
-        chosen = [code.choose(z) for code, z in zip(self.codes, codes, strict=True)]
-        supports, too_sparse = zip(*chosen, strict=True)
+        supports = [code.choose_unfrozen(z) for code, z in zip(self.codes, codes, strict=True)]
+        if share:
+            codes, supports = share((codes, supports))
 
-        distance = [float(np.linalg.norm(z - old)) for z, old in _by_node(codes, last)]
-        too_sparse = [flag for flags in too_sparse for flag in flags]
-        pairs = _by_node(supports, [code.support for code in self.codes])
-        changed = sum(len({*node} - {*old}) for node, old in pairs)
+        nodes = [*zip(_joined(codes), _joined(last), _joined(supports), strict=True)]
+        distance = [float(np.linalg.norm(z - old)) for z, old, _ in nodes]
+        too_sparse = [not z[indices(pairs)].all() for z, _, pairs in nodes]
         parameters, rejected = None, False
         if freeze_tol is not None or max_params is not None:
             parameters = self.retraining_parameters(self.genotype(supports))
             rejected = max_params is not None and parameters >= max_params * 1e6
-        if rejected:
-            changed = 0
-        else:
-            for code, z in zip(self.codes, codes, strict=True):
-                code.accept(z)
+        if not rejected:
+            for code, z, support in zip(self.codes, codes, supports, strict=True):
+                code.accept(z, support)
             if freeze_tol is not None:
                 at_rest = zip(distance, too_sparse, strict=True)
                 self.freeze([d <= freeze_tol and not sparse for d, sparse in at_rest])
-        lam_max = [value for values in lam_max for value in values]
         return Recovery(
-            distance, changed, self.frozen, parameters, rejected, sum(not_converged), too_sparse,
-            lam_max,
+            distance, self.frozen, parameters, rejected, sum(not_converged), too_sparse,
+            _joined(lam_max),
         )
 
     # --------------------------------------------------------------------------------------------
@@ -476,7 +493,7 @@ class Network(Skeleton):
     @property
     def frozen(self):
         """For each node, normal ones first, whether its code is final."""
-        return [flag for code in self.codes for flag in code.is_frozen]
+        return _joined(code.is_frozen for code in self.codes)
 
     def freeze(self, nodes=None):
         """Make codes final: their b stops, and γ and β of their operations start to train.
@@ -509,13 +526,7 @@ class Network(Skeleton):
                                 layer.requires_grad_(frozen)
 
     def retraining_parameters(self, genotype=None):
-        """Parameters of the network that retraining would build, without an auxiliary head.
-
-        Parameters
-        ----------
-        genotype : Genotype, optional
-            By default the own.
-        """
+        """Parameters of the network that retraining would build, without an auxiliary head."""
         with torch.device("meta"):
             plain = self._plain(genotype or self.genotype(), auxiliary=False)
         return sum(p.numel() for p in plain.parameters())
@@ -527,13 +538,7 @@ class Network(Skeleton):
         )
 
     def prune(self):
-        """Drop the operations outside the support, for good.
-
-        Returns
-        -------
-        list of nn.Parameter
-            What they held, for an optimizer to forget.
-        """
+        """Drop the operations outside the support, for good; returns the parameters they held."""
         dropped = []
         for cell in self.cells:
             support = self.codes[cell.reduction].support
@@ -565,14 +570,15 @@ class Network(Skeleton):
         Raises
         ------
         ValueError
-            For the supernet of two-stage search, whose operations have nothing to fold into.
+            For the supernet of two-stage search, whose operations have nothing to fold into, and
+            where the outputs differ.
         """
         if not self.one_stage:
             raise ValueError("only the supernet of one-stage search can be absorbed")
         with torch.device("meta"):  # no memory, and no random number, is spent on initial weights
             plain = self._plain(self.genotype(), self.auxiliary)
         weight = self.classifier.weight
-        plain.to_empty(device=weight.device).to(weight.dtype).train(self.training)
+        plain.to_empty(device=weight.device).to(weight.dtype)
         plain.drop_path_prob = self.drop_path_prob
         own = plain.state_dict()
         own.update((k, v) for k, v in self.state_dict().items() if k in own and "._ops." not in k)
@@ -584,10 +590,53 @@ class Network(Skeleton):
                 for (edge, op), w in zip(support[j], weights[j], strict=True):
                     plain_op = next(plain_ops)
                     plain_op.load_state_dict(cell.edges(j)[edge]._ops[op].state_dict())
-                    norm = last_norm(plain_op)
-                    norm.weight.mul_(w)
-                    norm.bias.mul_(w)
-        return plain
+                    absorb_weight(plain_op, w)
+        self._check_same_outputs(plain)
+        return plain.train(self.training)
+
+    def _check_same_outputs(self, plain):
+        size = 64 if self.imagenet else 32
+        x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        was_training = self.training
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            (found, _), (expected, _) = (net.eval()(x.to(net.keep_prob)) for net in (plain, self))
+        self.train(was_training)
+        if not torch.allclose(found, expected, rtol=0, atol=1e-2 * expected.abs().max().item()):
+            raise ValueError("the network after absorption computes something else than the "
+                             "supernet: an edit of Cell or Network stands in the way")
+
+
+def absorb_weight(op, w):
+    """Fold w into the last BatchNorm of an operation: γ ← wγ, β ← wβ."""
+    norm = last_norm(op)
+    norm.weight.mul_(w)
+    norm.bias.mul_(w)
+
+
+@torch.no_grad()
+def check_absorption(C):
+    """Raise ValueError unless w · op(x) is what op computes with its weight w absorbed.
+
+    One-stage search ends in that: an edited operation or MixedOp would else fail after 600 epochs.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)
+        x, w = torch.randn(2, C, 8, 8), torch.tensor(-0.7)
+        for stride in (1, 2):
+            mixed = MixedOp(C, stride, one_stage=True).eval()
+            for norm in mixed.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.weight.normal_()
+                    norm.bias.normal_()
+            for k, primitive in enumerate(PRIMITIVES):
+                op, expected = mixed._ops[k], mixed(x, k, w)
+                where = f"{primitive} at stride {stride}: one-stage search"
+                if last_norm(op) is None:
+                    raise ValueError(f"{where} needs a BatchNorm at its end, to absorb w")
+                absorb_weight(op, w)
+                if not torch.allclose(op(x), expected, rtol=1e-3, atol=1e-3):
+                    raise ValueError(f"{where} cannot absorb w, for w·op(x) in MixedOp is not what "
+                                     "the operation computes with wγ, wβ in its last BatchNorm")
 
 
 def as_pairs(support):
@@ -601,6 +650,6 @@ def operation_of(key):
     return found and found[0]
 
 
-def _by_node(*of_types):
-    """Zip lists that hold, of both cell types, a list of the nodes."""
-    return zip(*(normal + reduce for normal, reduce in of_types), strict=True)
+def _joined(of_types):
+    """One list of the nodes of both cell types."""
+    return [node for nodes in of_types for node in nodes]

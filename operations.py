@@ -78,6 +78,13 @@ class FactorizedReduce(nn.Module):
         return self.bn(x)                                             # (B, C_out, H/2, W/2)
 
 
+class Concat(nn.Module):
+    """Concatenation of nodes, the output of a cell."""
+
+    def forward(self, nodes):                                         # each (B, C, H, W)
+        return torch.cat(nodes, dim=1)                                # (B, len(nodes)·C, H, W)
+
+
 class Normed(nn.Sequential):
     """An operation and the BatchNorm that is appended to it."""
 
@@ -107,24 +114,10 @@ OPS = {
 
 
 def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=False):
-    """Build an operation of the search space.
+    """Build an operation of the search space: (B, C, H, W) → (B, C, H/stride, W/stride).
 
-    Parameters
-    ----------
-    primitive : str
-        One of `genotypes.PRIMITIVES`.
-    C : int
-        Channels of input and output.
-    stride : {1, 2}
-    affine : bool
-        Whether its BatchNorm layers have γ and β.
-    norm_pools, norm_skips : bool
-        Whether a BatchNorm is appended to pools, and to skips of stride 1.
-
-    Returns
-    -------
-    nn.Module
-        (B, C, H, W) → (B, C, H/stride, W/stride)
+    `affine`: whether its BatchNorms have γ and β. `norm_pools`, `norm_skips`: whether a BatchNorm
+    is appended to pools, and to skips of stride 1.
     """
     op = OPS[primitive](C, stride, affine)
     is_pool, is_identity = "_pool_" in primitive, isinstance(op, nn.Identity)
@@ -134,15 +127,15 @@ def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=Fal
 
 
 def last_norm(op):
-    """The BatchNorm that an operation ends in: the last of its layers of that kind."""
-    return [layer for layer in op.modules() if isinstance(layer, nn.BatchNorm2d)][-1]
+    """The BatchNorm that an operation ends in: the last of its layers of that kind, or None."""
+    norms = [layer for layer in op.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return norms[-1] if norms else None
 
 
-def drop_path(x, drop_prob):
-    """Drop whole samples of x (B, C, H, W) with `drop_prob` and rescale the rest by 1/keep.
+def drop_path(x, keep):
+    """Keep each sample of x (B, C, H, W) with probability `keep`, rescaled by 1/keep; drop others.
 
     Source: Larsson, Maire, Shakhnarovich, FractalNet, ICLR 2017; as DARTS uses it.
     """
-    keep = 1.0 - drop_prob
-    mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)          # (B, 1, 1, 1)
+    mask = x.new_empty(len(x), 1, 1, 1).bernoulli_(keep)              # (B, 1, 1, 1)
     return x * (mask / keep)

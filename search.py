@@ -18,225 +18,219 @@ fixed. The end is a trained network, which `train.py --evaluate --weights RUN/ne
 import shlex
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import arguments
-import checkpoints
 import data
-import distributed
 import fast
 import genotypes
-import graphs
 import imagenet
 import ista
-import runs
 import utils
 import visualize
-from model_search import Network
+from harness import checkpoints, distributed, flags, runs
+from model_search import DICTIONARIES, Network
 
-RESTLESS = 20  # epochs in a row with a change of support, from which on it is worth a warning
-
-
-def get_args_parser():
-    return arguments.get_search_parser(__doc__)
+TWO_STAGE = dict(
+    init_channels=16, layers=8, image_size=32, batch_size=256, epochs=50, seed=2,
+    learning_rate=0.1, learning_rate_min=0.001, weight_decay=3e-4, label_smoothing=0.0,
+    arch_learning_rate=6e-4, auxiliary=False, cutout=False, drop_path_prob=0.0, max_params=None,
+)
+ONE_STAGE = dict(
+    init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=5,
+    learning_rate=0.025, learning_rate_min=0.001, weight_decay=3e-4, label_smoothing=0.0,
+    arch_learning_rate=3e-4, auxiliary=True, cutout=True, drop_path_prob=0.2, max_params=3.7,
+)
+# The paper has searched on ImageNet in one stage, but does not say how: the recipe of the
+# retraining, with b and the seed as on CIFAR, is our choice; so is two-stage search on it.
+ONE_STAGE_IMAGENET = dict(
+    ONE_STAGE, init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250,
+    learning_rate=0.5, learning_rate_min=0.0, weight_decay=3e-5, label_smoothing=0.1,
+    cutout=False, drop_path_prob=0.0, max_params=None,
+)
+TWO_STAGE_IMAGENET = dict(TWO_STAGE, image_size=224)
 
 
 def main(args):
-    run = runs.Run("search", args)
+    run = runs.Run("search", args)  # nothing is written before `run.begin`
     args, checkpoint = run.args, run.checkpoint
-    device = utils.choose_device(args.device, args.amp, args.cuda_graphs)
+    device = utils.choose_device(args.device, args.amp)
     generator = utils.seed_everything(args.seed, device)
     memory_format = utils.memory_format(device, args.amp)
 
     # In two-stage search the weights learn from one half of the images, and b from the other.
-    weight_images, arch_images, measured = load_images(run, device)
+    weight_images, arch_images, measured_images = load_images(run, device)
     options = dict(
         batch_size=args.batch_size, generator=generator, memory_format=memory_format,
-        cutout_length=args.cutout_length if args.cutout else 0,
         rank=distributed.rank(), world_size=distributed.world_size(),
     )
-    batches = weight_images.batches(train=True, **options)
-    arch_batches = arch_images and arch_images.batches(train=True, **options)
-    measured_batches = measured.batches(train=False, **options)
-    check_interval(args, len(batches))
+    augmentation = dict(cutout_length=args.cutout_length if args.cutout else 0)
+    batches = weight_images.batches(train=True, **options, **augmentation)
+    arch_batches = arch_images and arch_images.batches(train=True, **options, **augmentation)
+    measured_batches = measured_images.batches(train=False, **options)
 
     net = Network(
         args.init_channels, len(weight_images.classes), args.layers, one_stage=args.one_stage,
         auxiliary=args.auxiliary, imagenet=args.dataset == "imagenet",
         proj_dims=args.proj_dims, sparseness=args.sparseness, lam=args.lam,
-        distinct_edges=args.distinct_edges,
+        distinct_edges=args.distinct_edges, dictionary=args.dictionary,
     )
     if checkpoint:
-        checkpoints.load_supernet(net, checkpoint["net"], arguments.checkpoint_path(args.resume))
-    net = fast.accelerate(net.to(device, memory_format=memory_format))
+        net.prune_like(checkpoint["net"])
+        net.load_state_dict(checkpoint["net"])
+    net = fast.accelerate(net.to(device, memory_format=memory_format), run.log)
     weight_optimizer, arch_optimizer = optimizers(net, args)
     utils.seed_drop_path(args.seed)
+    graphs = utils.Graphs(
+        args.cuda_graphs, lambda: (net.genotype(), net.frozen, net.drop_path_prob > 0), run.warn
+    )
 
-    # Learning rate and drop-path follow their schedule from `schedule_start` on: at once, or in
-    # one-stage search when all nodes are frozen. Until then it is None.
-    epoch, schedule_start, row = 0, None if args.one_stage else 0, {}
+    # A one-stage search is searching, at a constant learning rate, until all nodes are frozen; then
+    # it is training, along the schedule of --epochs. A two-stage search follows that all along.
+    epoch, phase, trained, row = 0, "searching" if args.one_stage else "training", 0, {}
+    share = distributed.from_rank_zero  # of what ranks compute, and rounding could part
     if checkpoint:
-        epoch, schedule_start, row = (checkpoint[k] for k in ("epoch", "schedule_start", "row"))
-        with run.restoring():
-            checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"], False)
-            checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
-            utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
-    else:
-        recovery = net.recover(args.solver)  # the first codes, and what runs in epoch 1
-        report(run, recovery._asdict())
+        epoch, phase, trained, row = (checkpoint[k] for k in ("epoch", "phase", "trained", "row"))
+        checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"])
+        checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
+        checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+    else:  # the first codes, and what runs in epoch 1
+        report(run, net.recover(args.solver, share=share)._asdict(), epoch)
     run.begin(device, columns(args))
     parallel = distributed.data_parallel(net, net.weight_parameters(), static=all(net.frozen))
 
-    while schedule_start is None or epoch < schedule_start + args.epochs:
-        name, learning_rate, drop_path_prob = schedule(args, epoch, schedule_start)
-        utils.set_learning_rate(weight_optimizer, learning_rate)
-        net.drop_path_prob = drop_path_prob
-        before, restless = net.genotype(), row.get("restless", 0)
-        epoch += 1
+    while phase == "searching" or trained < args.epochs:
+        factor, net.drop_path_prob = schedule(args, epoch, phase, trained)
+        utils.set_learning_rate(weight_optimizer, factor)
+        before = net.genotype()
+        epoch, trained = epoch + 1, trained + (phase == "training")
         with run.epoch(
-            epoch, name, batches, epochs_left(args, epoch, schedule_start),
-            learning_rate=learning_rate, drop_path_prob=drop_path_prob,
+            epoch, f"search {epoch}" if phase == "searching" else f"{trained}/{args.epochs}",
+            batches, (args.epochs - trained, phase == "searching"), phase=phase,
+            learning_rate=weight_optimizer.param_groups[0]["lr"],
+            drop_path_prob=net.drop_path_prob,
         ) as row:
-            both = weight_optimizer, arch_optimizer
             if args.one_stage:
-                row |= one_stage_epoch(net, parallel, batches, *both, args, run.progress)
+                row |= one_stage_epoch(
+                    parallel, batches, weight_optimizer, arch_optimizer, run, graphs
+                )
             else:
                 row |= two_stage_epoch(
-                    net, parallel, batches, arch_batches, *both, args, run.progress, epoch
+                    parallel, batches, arch_batches, weight_optimizer, arch_optimizer, run, graphs,
+                    steps=(epoch - 1) * len(batches),
                 )
             row |= utils.named(utils.evaluate(net, measured_batches, args.amp), measured_name(args))
 
             # The architecture of the next epoch; what was measured is that of this one.
-            if schedule_start is None:
-                recovery = net.recover(args.solver, args.freeze_tol, args.max_params)
-                row |= recovery._asdict()
-                if all(net.frozen) or epoch == args.max_search_epochs:
-                    schedule_start = epoch
-            elif not args.one_stage and (args.recover_every == "epoch" or epoch == args.epochs):
-                recovery = net.recover(args.solver)
-                row |= recovery._asdict()
+            if phase == "searching":
+                row |= net.recover(args.solver, args.freeze_tol, args.max_params, share)._asdict()
+            elif not args.one_stage and (args.recover_every == "epoch" or trained == args.epochs):
+                row |= net.recover(args.solver, share=share)._asdict()
             row["changed"] = len(genotypes.moved(before, net.genotype()))
-            row["restless"] = restless + 1 if row["changed"] else 0
-        report(run, row)
-        announce(run, before, net.genotype(), row)
-        if args.one_stage and schedule_start == epoch:
+        report(run, row, epoch)
+        announce(run, before, net.genotype(), epoch)
+        if phase == "searching" and (all(net.frozen) or epoch == args.max_search_epochs):
+            phase = "training"
             settle(run, net, weight_optimizer)
             parallel = distributed.data_parallel(net, net.weight_parameters(), static=True)
-        save(run, net, generator, row, schedule_start, weight_optimizer, arch_optimizer)
+        run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
+        save_genotype(run, net, row)
+        run.save_checkpoint(
+            epoch=epoch, phase=phase, trained=trained, row=row, net=net.state_dict(),
+            weight_optimizer=weight_optimizer.state_dict(),
+            arch_optimizer=arch_optimizer.state_dict(),
+            random=checkpoints.random_state(generator),
+        )
     finish(run, net, weight_images, measured_batches, row)
 
 
 # ------------------------------------------------------------------------------------------------
-# One epoch of each search
+# The steps, and the loops over batches that call them
 # ------------------------------------------------------------------------------------------------
+# What Python computes inside a step, and no tensor holds, is a constant of its CUDA graph: only the
+# support, frozen nodes and numbers in the optimizers' groups make a graph be recorded anew.
+
+
+def arch_step(net, x, y, weight_optimizer, arch_optimizer, args):
+    """Move b, with the weights as they are: no gradient of a weight is computed."""
+    with utils.held(weight_optimizer):
+        with utils.autocast(x.device, args.amp):
+            logits, logits_aux = net(x)
+        loss, total = utils.criterion(logits, logits_aux, y, args)
+        arch_optimizer.zero_grad()
+        total.backward()
+    distributed.average_gradients(utils.parameters_of(arch_optimizer))
+    arch_optimizer.step()
+    return loss, logits
+
+
+def weight_step(net, x, y, weight_optimizer, arch_optimizer, args):
+    """Move the weights, with b as it is."""
+    with utils.held(arch_optimizer):
+        with utils.autocast(x.device, args.amp):
+            logits, logits_aux = net(x)
+        loss, total = utils.criterion(logits, logits_aux, y, args)
+        weight_optimizer.zero_grad()
+        total.backward()
+    clip_grad_norm_(utils.parameters_of(weight_optimizer), args.grad_clip)
+    weight_optimizer.step()  # operations that did not run have no gradient, so SGD skips them
+    return loss, logits
+
+
+def one_stage_step(net, x, y, weight_optimizer, arch_optimizer, args):
+    """Move b and the weights, by the gradients of the same backward pass."""
+    with utils.autocast(x.device, args.amp):
+        logits, logits_aux = net(x)
+    loss, total = utils.criterion(logits, logits_aux, y, args)
+    arch_optimizer.zero_grad()
+    weight_optimizer.zero_grad()
+    total.backward()
+    distributed.average_gradients(utils.parameters_of(arch_optimizer))
+    arch_optimizer.step()  # frozen points have no gradient, so Adam leaves them alone
+    clip_grad_norm_(utils.parameters_of(weight_optimizer), args.grad_clip)
+    weight_optimizer.step()
+    return loss, logits
 
 
 def two_stage_epoch(
-    net, parallel, batches, arch_batches, weight_optimizer, arch_optimizer, args, progress, epoch
+    net, batches, arch_batches, weight_optimizer, arch_optimizer, run, graphs, steps=0
 ):
     """At each step first b, on a batch of one half of the images, then the weights, on the other.
 
-    Parameters
-    ----------
-    parallel : nn.Module
-        The network as it is called where the gradients of its weights are to be averaged over the
-        ranks.
-    epoch : int
-        From 1; --recover_every STEPS counts the steps of all epochs.
-
-    Returns
-    -------
-    dict
-        Losses and accuracies on the batches of the weights, and on those of b; and what the last
-        recovery among the steps did, if there was one.
+    `net` averages the gradients of its weights over the ranks, if there are several; `steps` were
+    made in earlier epochs. Returns losses and accuracies of both halves, and what the last recovery
+    among the steps did, if there was one.
     """
-    weights, points = net.weight_parameters(), net.arch_parameters()
-    device = weights[0].device
-    arch_meter = utils.Meter(device)
-    meter = utils.Meter(device, blame="--arch_learning_rate", after=arch_meter)
-
-    def step(x, y, x_arch, y_arch):
-        # b, with the weights as they are: no gradient of a weight is computed.
-        train_only(points, weights)
-        with utils.autocast(device, args.amp):
-            logits, _ = net(x_arch)
-        loss = F.cross_entropy(logits.float(), y_arch, label_smoothing=args.label_smoothing)
-        arch_optimizer.zero_grad()
-        loss.backward()
-        distributed.average_gradients(points)
-        arch_optimizer.step()
-        arch_meter.add(loss, logits, y_arch)
-
-        # The weights, with b as it is now.
-        train_only(weights, points)
-        with utils.autocast(device, args.amp):
-            logits, _ = parallel(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-        weight_optimizer.zero_grad()
-        loss.backward()
-        clip_grad_norm_(weights, args.grad_clip)
-        weight_optimizer.step()  # operations that did not run have no gradient, so SGD skips them
-        meter.add(loss, logits, y)
-
+    args, plain = run.args, distributed.unwrapped(net)
+    device = next(plain.parameters()).device
+    meter, arch_meter, recovered = utils.Meter(device), utils.Meter(device), {}
+    moved = weight_optimizer, arch_optimizer, args
     net.train()
-    recovered = {}
-    step = graphs.graphed(step, args.cuda_graphs and args.recover_every == "epoch")
-    pairs = zip(batches, arch_batches.endless(), strict=False)
-    for steps, ((x, y), (x_arch, y_arch)) in enumerate(pairs, (epoch - 1) * len(batches) + 1):
-        step(x, y, x_arch, y_arch)
+    for (x, y), (x_arch, y_arch) in zip(batches, arch_batches.endless(), strict=False):
+        loss, logits = graphs.run(arch_step, plain, x_arch, y_arch, *moved)
+        arch_meter.add(loss, logits, y_arch)
+        loss, logits = graphs.run(weight_step, net, x, y, *moved)
+        meter.add(loss, logits, y)
+        steps += 1
         if args.recover_every != "epoch" and steps % args.recover_every == 0:
-            recovered = net.recover(args.solver)._asdict()
-        progress.step(meter)
-    distributed.average_statistics(net)
+            recovered = plain.recover(args.solver, share=distributed.from_rank_zero)._asdict()
+        run.progress.step(meter)
+    distributed.average_statistics(plain)
     return utils.named(meter.read(), "train") | utils.named(arch_meter.read(), "arch") | recovered
 
 
-def one_stage_epoch(net, parallel, batches, weight_optimizer, arch_optimizer, args, progress):
-    """At each step b and the weights move by the gradients of the same backward pass.
-
-    Parameters
-    ----------
-    parallel : nn.Module
-        As for `two_stage_epoch`.
-
-    Returns
-    -------
-    dict
-        Loss and accuracy.
-    """
-    weights, points = net.weight_parameters(), net.arch_parameters()
-    device = weights[0].device
-    meter = utils.Meter(device, blame="--learning_rate, --arch_learning_rate or --grad_clip")
-
-    def step(x, y):
-        with utils.autocast(device, args.amp):
-            logits, logits_aux = parallel(x)
-        loss, total = utils.losses(logits, logits_aux, y, args)
-        arch_optimizer.zero_grad()
-        weight_optimizer.zero_grad()
-        total.backward()
-        distributed.average_gradients(points)
-        arch_optimizer.step()  # frozen points have no gradient, so Adam leaves them alone
-        clip_grad_norm_(weights, args.grad_clip)
-        weight_optimizer.step()
-        meter.add(loss, logits, y)
-
+def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs):
+    """At each step b and the weights; see `two_stage_epoch`. Returns loss and accuracy."""
+    plain = distributed.unwrapped(net)
+    meter = utils.Meter(next(plain.parameters()).device)
     net.train()
-    step = graphs.graphed(step, args.cuda_graphs)
     for x, y in batches:
-        step(x, y)
-        progress.step(meter)
-    distributed.average_statistics(net)
+        loss, logits = graphs.run(
+            one_stage_step, net, x, y, weight_optimizer, arch_optimizer, run.args
+        )
+        meter.add(loss, logits, y)
+        run.progress.step(meter)
+    distributed.average_statistics(plain)
     return utils.named(meter.read(), "train")
-
-
-def train_only(trained, fixed):
-    """Have gradients computed for some parameters and not for others."""
-    for p in trained:
-        p.requires_grad_(True)
-    for p in fixed:
-        p.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,6 +250,7 @@ def load_images(run, device):
         train, test = source.load(
             args.dataset, args.data, args.image_size, device, args.workers, run.log
         )
+    run.check_data(train)
     if args.one_stage:
         parts = train, None, test
         run.log(f"{args.dataset}: {len(train)} images train the weights and b; the {len(test)} "
@@ -266,29 +261,17 @@ def load_images(run, device):
         parts = weight_half, arch_half, arch_half
         run.log(f"{args.dataset}: {len(weight_half)} images train the weights, {len(arch_half)} "
                 "others train b; these, not augmented, give the valid loss and accuracy")
-    published = arguments.search_setting(vars(args))
+    published = published_setting(vars(args))
     if not run.checkpoint:
         smallest = min(len(part) for part in parts[:2] if part)
-        arguments.fit_to_data(
-            args, smallest, published, distributed.world_size(), run.log
-        )
+        flags.fit_to_data(args, smallest, published, distributed.world_size(), run.log)
     run.log(f"device: {device}")
-    utils.warn_if_busy(device, run.log)
     if args.layers < 3:
-        run.log("warning: with fewer than 3 layers there is no normal cell, so none is searched")
+        run.warn("with fewer than 3 layers there is no normal cell, so none is searched")
     if device.type == "cpu" and args.init_channels >= published["init_channels"]:
         run.log("there is no CUDA device: a small CPU takes hours for the published two-stage "
-                "search, and weeks for the one-stage one; fewer --init_channels and --layers help")
+                "search,\nand weeks for the one-stage one; fewer --init_channels and --layers help")
     return parts
-
-
-def check_interval(args, steps):
-    """Refuse a --recover_every that a search never reaches."""
-    steps *= args.epochs
-    if args.recover_every != "epoch" and args.recover_every > steps:
-        raise utils.UserError(
-            f"--recover_every {args.recover_every}: the whole search has {steps} steps"
-        )
 
 
 def optimizers(net, args):
@@ -310,13 +293,12 @@ def measured_name(args):
 
 
 def columns(args):
-    """Columns of the log's table, as `runs.Run.begin` takes them."""
-    name = measured_name(args)
+    """Columns of the log's table: the head of each, and its text for the row of an epoch."""
+    name, pairs = measured_name(args), 2 * genotypes.NODES * args.sparseness
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
-        "train acc": "{train_accuracy:.2f} %", f"{name} loss": f"{{{name}_loss:.3f}}",
-        f"{name} acc": f"{{{name}_accuracy:.2f}} %",
-        "pairs changed": f"{{changed}} of {2 * genotypes.NODES * args.sparseness}",
+        "train %": "{train_accuracy:.2f}", f"{name} loss": f"{{{name}_loss:.3f}}",
+        f"{name} %": f"{{{name}_accuracy:.2f}}", "changed": f"{{changed}} of {pairs}",
     }
 
 
@@ -325,95 +307,92 @@ def columns(args):
 # ------------------------------------------------------------------------------------------------
 
 
-def schedule(args, epoch, schedule_start):
-    """Name, learning rate and drop-path probability of the epoch after `epoch` epochs."""
+def schedule(args, epoch, phase, trained):
+    """Share of the initial learning rate, and drop-path probability, of the next epoch."""
     linear = args.one_stage and args.dataset == "imagenet"
-    if schedule_start is None:
-        warm_up = min((epoch + 1) / utils.WARM_UP, 1) if linear else 1
-        return f"search {epoch + 1}", args.learning_rate * warm_up, 0.0
-    done = epoch - schedule_start
+    if phase == "searching":
+        return utils.warm_up(epoch) if linear else 1.0, 0.0
     if linear:
-        learning_rate = utils.warm_up_linear(done, args.epochs, args.learning_rate)
+        share = utils.warm_up_linear(trained, args.epochs)
     else:
-        learning_rate = utils.cosine(done, args.epochs, args.learning_rate, args.learning_rate_min)
-    name = f"{'train ' if args.one_stage else ''}{done + 1}/{args.epochs}"
-    return name, learning_rate, args.drop_path_prob * done / args.epochs
-
-
-def epochs_left(args, epoch, schedule_start):
-    """Epochs after this one: a number, and whether there may be more."""
-    if schedule_start is None:
-        return args.epochs, True
-    return schedule_start + args.epochs - epoch, False
+        low = args.learning_rate_min / args.learning_rate
+        share = utils.cosine(trained, args.epochs, low)
+    return share, args.drop_path_prob * trained / args.epochs
 
 
 def settle(run, net, weight_optimizer):
     """End the search of a one-stage run: the architecture is fixed, and the rest is dropped."""
     if not all(net.frozen):
         moving = net.frozen.count(False)
-        run.log(f"warning: {moving} of {len(net.frozen)} nodes still moved in the last epoch of "
-                "the search; the last architecture is taken (--max_search_epochs)")
+        run.warn(f"{moving} of {len(net.frozen)} nodes still moved in the last epoch of the "
+                 "search; the last architecture is taken (--max_search_epochs)")
         net.freeze()
     dropped = net.prune()
     utils.forget(weight_optimizer, dropped)
     freed = sum(p.numel() for p in dropped)
     kept = net.retraining_parameters()  # as train.py counts them
-    run.log(f"the architecture is fixed; the operations outside it are dropped, which frees "
-            f"{freed / 1e6:.3f} M parameters and leaves {kept / 1e6:.3f} M")
+    run.log("the architecture is fixed; the operations outside it are dropped, which frees "
+            f"{freed / 1e6:.3f} M\nparameters and leaves {kept / 1e6:.3f} M")
     if run.args.drop_path_prob:
         run.log(f"from here on drop-path rises to {run.args.drop_path_prob:g}, which lowers the "
-                "training accuracy, and the learning rate falls")
+                "training accuracy, and the\nlearning rate falls")
     if run.args.dataset == "imagenet":
         run.log(f"from here on the learning rate warms up anew, for {utils.WARM_UP} epochs, and "
                 "then falls")
 
 
-def report(run, row):
-    """Log what a recovery calls for: solver trouble, and how far the nodes are.
+def report(run, row, epoch):
+    """Log what a recovery calls for: solver trouble, empty codes, and how far the nodes are.
 
     Parameters
     ----------
     row : dict
         With what `model_search.Recovery` holds, if there was a recovery.
+    epoch : int
+        After which it was; 0 for the first one.
     """
     args, nodes = run.args, node_names()
     if row.get("not_converged"):
-        run.warn_once("solver", f"solver {args.solver} leaves a relative duality gap above "
-                      f"{ista.TOLERANCE:g} in some codes ({row['not_converged']} of {len(nodes)} "
-                      "at first); those are homotopy's")
-    if any(row.get("too_sparse", [])):
+        run.warn(f"solver {args.solver} leaves a relative duality gap above {ista.TOLERANCE:g} in "
+                 f"some codes ({row['not_converged']} of\n{len(nodes)} at first); those are "
+                 "homotopy's", "solver")
+    if row.get("lam_max") and max(row["lam_max"]) <= args.lam:
+        largest = f"--lam {args.lam:g}: all codes are 0 above λ_max, {max(row['lam_max']):.1e} at "
+        if epoch:
+            raise utils.UserError(largest + f"most after epoch {epoch}, so nothing is searched: "
+                                  "give a smaller --lam")
+        run.warn(largest + "most now;\nthe search ends if that is so after an epoch", "zero")
+    elif any(row.get("too_sparse", [])):
         told = zip(nodes, row["too_sparse"], row["lam_max"], strict=True)
         told = [f"{node} (λ_max {lam_max:.1e})" for node, sparse, lam_max in told if sparse]
-        run.warn_once("sparse", f"at λ {args.lam:g} the codes of some nodes have fewer than "
-                      f"{args.sparseness} nonzero entries, so that they keep pairs of their last "
-                      f"support and do not freeze: {', '.join(told)}; a smaller --lam helps")
+        run.warn(f"at λ {args.lam:g} the codes of some nodes have fewer than {args.sparseness} "
+                 "nonzero entries, so that they\nkeep pairs of their last support and do not "
+                 f"freeze; a smaller --lam helps:\n{', '.join(told)}", "sparse")
     if row.get("parameters"):  # one-stage search: how near the end is
+        size = f"{row['parameters'] / 1e6:.3f} M parameters"
+        if row["rejected"]:
+            size += f", rejected: --max_params is {args.max_params:g}"
+        run.log(f"    searching {row['frozen'].count(False)} of {len(nodes)} nodes; {size}")
         moved = [
             "frozen" if frozen and not distance else f"{distance:.1e}" + "→frozen" * frozen
             for frozen, distance in zip(row["frozen"], row["distance"], strict=True)
         ]
-        size = f"{row['parameters'] / 1e6:.3f} M parameters"
-        if row["rejected"]:
-            size += f", rejected: --max_params is {args.max_params:g}"
         each = genotypes.NODES
-        run.log(f"    searching {row['frozen'].count(False)} of {len(nodes)} nodes; codes moved by "
-                f"{' '.join(moved[:each])} (normal), {' '.join(moved[each:])} (reduction); {size}")
+        for cell, part in ("normal", moved[:each]), ("reduction", moved[each:]):
+            run.log(f"    {cell} codes moved by {' '.join(part)}")
 
 
-def announce(run, before, genotype, row):
+def announce(run, before, genotype, epoch):
     """Log the pairs that changed, and warn of what has spoilt searches before."""
     if moved := genotypes.moved(before, genotype):
-        run.log(f"    {'; '.join(moved)}")
-        run.show_figure("cells", visualize.cells_figure(genotype), row["epoch"])
+        run.log("\n".join(f"    {text}" for text in moved))
+        run.show_figure("cells", lambda: visualize.cells_figure(genotype), epoch)
     for cell in ("normal", "reduce"):
         pairs = getattr(genotype, cell)
         skips = sum(operation == "skip_connect" for operation, _ in pairs)
         if 2 * skips >= len(pairs):
-            run.warn_once(f"skips {cell}",
-                          f"{skips} of {len(pairs)} pairs of the {cell} cell are skip_connect")
-    if row["restless"] >= RESTLESS:
-        run.warn_once("restless", f"some pair has changed in each of the last {RESTLESS} epochs; a "
-                      "smaller --arch_learning_rate or more epochs may bring it to rest")
+            run.warn(f"{skips} of {len(pairs)} pairs of the {cell} cell are skip_connect",
+                     f"skips {cell}")
 
 
 def node_names():
@@ -422,19 +401,8 @@ def node_names():
 
 
 # ------------------------------------------------------------------------------------------------
-# What is saved, and what came out
+# What came out
 # ------------------------------------------------------------------------------------------------
-
-
-def save(run, net, generator, row, schedule_start, weight_optimizer, arch_optimizer):
-    """Save the genotype, and all that is needed to go on."""
-    run.append("genotypes.jsonl", {"epoch": row["epoch"], **net.describe()})
-    save_genotype(run, net, row)
-    run.save_checkpoint(
-        epoch=row["epoch"], schedule_start=schedule_start, row=row, net=net.state_dict(),
-        weight_optimizer=weight_optimizer.state_dict(),
-        arch_optimizer=arch_optimizer.state_dict(), random=utils.random_state(generator),
-    )
 
 
 def save_genotype(run, net, row):
@@ -442,7 +410,8 @@ def save_genotype(run, net, row):
     run.save_genotype(
         net.genotype(), args.one_stage,
         method=f"ISTA-NAS {'one' if args.one_stage else 'two'}-stage search",
-        distinct_edges=args.distinct_edges, seed=args.seed, dataset=args.dataset, result=row,
+        distinct_edges=args.distinct_edges, dictionary=args.dictionary, seed=args.seed,
+        dataset=args.dataset, result=row,
     )
 
 
@@ -455,18 +424,127 @@ def finish(run, net, images, measured_batches, row):
     if not args.one_stage:
         run.log("to train it from scratch, at the published size unless flags say otherwise:")
         arch = shlex.quote(run.file("genotype.json"))
-        flags = arguments.data_flags(args) + arguments.cutout_flag(args)
-        run.log(f"    python train.py --arch {arch}{flags}")
+        run.log(f"    python train.py --arch {arch}{flags.data_flags(args)}"
+                f"{flags.cutout_flag(args)}")
         return
     plain = net.absorb()
     _, before = utils.evaluate(net, measured_batches, args.amp)
     _, after = utils.evaluate(plain, measured_batches, args.amp)
     run.log(f"test accuracy {before:.2f} % in the supernet, {after:.2f} % after absorption")
-    run.save_network("network.pt", plain, images, epoch=row["epoch"], test_accuracy=after)
+    run.save_network("network.pt", plain, epoch=row["epoch"], test_accuracy=after,
+                     **run.describe(images))
     run.log("the trained network is in network.pt; to measure it, and to train it further:")
     weights = shlex.quote(run.file("network.pt"))
     run.log(f"    python train.py --evaluate --weights {weights}")
-    run.log(f"    python train.py --weights {weights}{arguments.cutout_flag(args)}")
+    run.log(f"    python train.py --weights {weights}{flags.cutout_flag(args)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+
+def published_setting(typed):
+    """The published setting of the search that the typed flags ask for."""
+    if typed.get("dataset") == "imagenet":
+        return ONE_STAGE_IMAGENET if typed.get("one_stage") else TWO_STAGE_IMAGENET
+    return ONE_STAGE if typed.get("one_stage") else TWO_STAGE
+
+
+def get_args_parser():
+    parser = flags.Parser("search.py", __doc__, published_setting, check)
+    flags.add_shared(parser, [*data.DATASETS, "imagenet"])
+
+    group = parser.add_argument_group("architecture")
+    parser.switch(group, "one_stage", "search at the target size, in one run with the training",
+                  default=False)
+    group.add_argument(
+        "--arch_learning_rate", type=flags.real(0), metavar="LR",
+        help="learning rate of Adam on b")
+    group.add_argument(
+        "--arch_weight_decay", type=flags.real(0), default=1e-3, metavar="L2",
+        help="weight decay of Adam on b")
+    group.add_argument(
+        "--proj_dims", type=flags.whole(1, 1000), default=7, metavar="M", help="m, the length of b")
+    group.add_argument(
+        "--sparseness", type=flags.whole(1), default=2, metavar="S",
+        help="s, the (edge, operation) pairs that each node keeps")
+    parser.switch(group, "distinct_edges", "let a node keep at most one operation an edge",
+                  default=False)
+    group.add_argument(
+        "--lam", type=flags.real(0, open_low=True), default=1e-5, metavar="LAMBDA",
+        help="λ, the weight of the l1 norm of a code")
+    group.add_argument(
+        "--dictionary", default="uniform", metavar="NAME", choices=[*DICTIONARIES],
+        help="how A is drawn: uniform on [0, 1), as in the released code; or normal, as reported "
+        "for the paper, with columns scaled (by us) to norm 1")
+    group.add_argument(
+        "--solver", default="homotopy", metavar="NAME", choices=[*ista.SOLVERS],
+        help=f"how codes are recovered: {', '.join(ista.SOLVERS)}; ista and fista take steps on "
+        "the support once the signs rest")
+
+    group = parser.add_argument_group("two-stage search")
+    group.add_argument(
+        "--train_portion", type=flags.real(0, 1, open_low=True), default=0.5, metavar="P",
+        help="part of the training images for the weights; the rest is for b")
+    group.add_argument(
+        "--recover_every", type=recovery_interval, default="epoch", metavar="{epoch,STEPS}",
+        help="recover the codes after each epoch, or after so many steps")
+
+    group = parser.add_argument_group("one-stage search, whose --epochs follow the last freezing")
+    group.add_argument(
+        "--freeze_tol", type=flags.real(0), default=1e-3, metavar="TOL",
+        help="a node freezes when its code moves by no more than this in an epoch, so sooner when "
+        "epochs are short")
+    group.add_argument(
+        "--max_params", type=flags.real(0, open_low=True), metavar="MILLIONS",
+        help="architectures with as many parameters or more are rejected")
+    group.add_argument(
+        "--max_search_epochs", type=flags.whole(1), default=600, metavar="EPOCHS",
+        help="after these the last architecture is taken, at rest or not")
+    parser.show_defaults({
+        "two-stage": TWO_STAGE, "two-stage imagenet": TWO_STAGE_IMAGENET,
+        "one-stage": ONE_STAGE, "one-stage imagenet": ONE_STAGE_IMAGENET,
+    })
+    return parser
+
+
+def recovery_interval(text):
+    """Type of --recover_every: "epoch", or a number of steps."""
+    return text if text == "epoch" else flags.whole(1)(text)
+
+
+# What the other search alone reads: typed, such a flag is a mistake.
+ONE_STAGE_ONLY = (
+    "freeze_tol", "max_params", "max_search_epochs", "auxiliary", "auxiliary_weight",
+    "drop_path_prob",
+)
+TWO_STAGE_ONLY = ("train_portion", "recover_every")
+
+
+def check(args):
+    """Raise UserError on flags that cannot be right."""
+    flags.check_shared(args)
+    search, unread = "two-stage", ONE_STAGE_ONLY
+    if args.one_stage:
+        search, unread = "one-stage", TWO_STAGE_ONLY
+    for name in unread:
+        if name in args.typed:
+            raise utils.UserError(f"--{name}: {search} search does not read it; leave it out")
+    if args.sparseness > args.proj_dims:
+        raise utils.UserError(
+            f"--sparseness {args.sparseness}: a code has at most --proj_dims {args.proj_dims} "
+            "nonzero entries to choose from"
+        )
+    pairs = 2 if args.distinct_edges else 2 * len(genotypes.PRIMITIVES)
+    if args.sparseness > pairs:
+        raise utils.UserError(f"--sparseness {args.sparseness}: the first node has only {pairs} "
+                              f"{'edges' if args.distinct_edges else 'pairs'}")
+    if args.cuda_graphs and args.recover_every != "epoch":
+        raise utils.UserError("--cuda_graphs records steps that last for an epoch: leave out "
+                              "--recover_every")
+    if args.dataset == "imagenet" and not args.resume:
+        flags.check_imagenet(args, linear=args.one_stage)
 
 
 if __name__ == "__main__":

@@ -20,74 +20,74 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-import arguments
-import checkpoints
 import data
-import distributed
 import fast
 import genotypes
-import graphs
 import imagenet
 import model
-import runs
 import utils
 import visualize
+from harness import checkpoints, distributed, flags, runs
 
-
-def get_args_parser():
-    return arguments.get_train_parser(__doc__)
+RETRAINING = dict(
+    init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=0,
+    learning_rate=0.025, learning_rate_min=0.0, weight_decay=3e-4, label_smoothing=0.0,
+    auxiliary=True, cutout=True, drop_path_prob=0.2,
+)
+IMAGENET = dict(
+    init_channels=48, layers=14, image_size=224, batch_size=1024, epochs=250, seed=0,
+    learning_rate=0.5, learning_rate_min=0.0, weight_decay=3e-5, label_smoothing=0.1,
+    auxiliary=True, cutout=False, drop_path_prob=0.0,
+)
 
 
 def main(args):
     source = checkpoints.read_weights(args.weights) if args.weights else None
     if source:
         use_data_of(source["args"], args)
-    run = runs.Run("train", args)
+    run = runs.Run("train", args)  # nothing is written before `run.begin`
     args, checkpoint = run.args, run.checkpoint
     source = checkpoint or source
     config = network_config(args, source)
-    device = utils.choose_device(args.device, args.amp, args.cuda_graphs)
+    device = utils.choose_device(args.device, args.amp)
     generator = utils.seed_everything(args.seed, device)
     memory_format = utils.memory_format(device, args.amp)
 
-    train, test = load_images(run, device, config)
-    top5 = args.dataset == "imagenet" and len(test.classes) > 5
+    train, test = load_images(run, device, config, source)
     options = dict(
         batch_size=args.batch_size, generator=generator, memory_format=memory_format,
         rank=distributed.rank(), world_size=distributed.world_size(),
     )
+    augmentation = dict(cutout_length=args.cutout_length if args.cutout else 0)
     test_batches = test.batches(train=False, **options)
+    top5 = args.dataset == "imagenet" and len(test.classes) > 5
 
     net = model.from_config(config)
     if source:
-        path = args.weights or arguments.checkpoint_path(args.resume)
+        path = args.weights or flags.checkpoint_path(args.resume)
         checkpoints.load_weights(net, source["weights"], path)
-    net = fast.accelerate(net.to(device, memory_format=memory_format))
+    net = fast.accelerate(net.to(device, memory_format=memory_format), run.log)
     utils.seed_drop_path(args.seed)
     parameters, multiply_adds = cost(net, args.image_size)
-    run.log(
-        f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds "
-        f"an image, both without the auxiliary head; device: {device}"
-    )
+    run.log(f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M "
+            f"multiply-adds an image, both without the auxiliary head;\ndevice: {device}")
     if args.evaluate:
         measured = utils.evaluate(net, test_batches, args.amp, top5)
-        run.log(f"{told(measured)}, loss {measured[0]:.4f}, on {len(test)} images of "
-                f"{args.dataset}")
+        run.log(f"{told(measured)}, loss {measured[0]:.4f}, on {told_images(test, args)}")
         run.say()
         return
 
-    cutout_length = args.cutout_length if args.cutout else 0
-    batches = train.batches(train=True, cutout_length=cutout_length, **options)
+    batches = train.batches(train=True, **options, **augmentation)
     optimizer = torch.optim.SGD(
         net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
         foreach=True,
     )
+    graphs = utils.Graphs(args.cuda_graphs, lambda: net.drop_path_prob > 0, run.warn)
     epoch, best = 0, 0.0
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
-        with run.restoring():
-            checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
-            utils.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
+        checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
+        checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     genotype = genotypes.from_lists(config["genotype"])
     run.log(f"genotype = {genotype}")
     run.begin(device, columns(top5))
@@ -95,77 +95,72 @@ def main(args):
     parallel = distributed.data_parallel(net, [*net.parameters()], static=True)
 
     while epoch < args.epochs:
-        learning_rate = scheduled(epoch, args)
-        utils.set_learning_rate(optimizer, learning_rate)
-        net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
+        factor, net.drop_path_prob = schedule(args, epoch)
+        utils.set_learning_rate(optimizer, factor)
         epoch += 1
         with run.epoch(
             epoch, f"{epoch}/{args.epochs}", batches, (args.epochs - epoch, False),
-            learning_rate=learning_rate, drop_path_prob=net.drop_path_prob,
+            learning_rate=optimizer.param_groups[0]["lr"], drop_path_prob=net.drop_path_prob,
             parameters=parameters, multiply_adds=multiply_adds,
         ) as row:
-            row |= train_epoch(net, parallel, batches, optimizer, args, run.progress)
+            row |= train_epoch(parallel, batches, optimizer, run, graphs)
             row |= utils.named(utils.evaluate(net, test_batches, args.amp, top5), "test")
             is_best, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
             row["best_accuracy"] = best
-        about = dict(epoch=epoch, test_accuracy=row["test_accuracy"])
+        about = dict(run.describe(train), epoch=epoch, test_accuracy=row["test_accuracy"])
         if is_best:
-            run.save_network("network-best.pt", net, train, **about)
+            run.save_network("network-best.pt", net, **about)
         run.save_checkpoint(
             epoch=epoch, best=best, row=row, config=net.config, weights=net.state_dict(),
-            optimizer=optimizer.state_dict(), random=utils.random_state(generator),
+            optimizer=optimizer.state_dict(), random=checkpoints.random_state(generator),
+            about=about,
         )
 
     measured = utils.evaluate(net, test_batches, args.amp, top5)
-    about = utils.named(measured, "test")
-    run.save_network("network.pt", net, train, epoch=epoch, **about)
+    about = dict(run.describe(train), epoch=epoch, **utils.named(measured, "test"))
+    run.save_network("network.pt", net, **about)
     run.draw(visualize.draw_run)
-    run.log(f"{told(measured)} after the last epoch (network.pt); test accuracy {best:.2f} % in "
+    run.log(f"{told(measured)} after the last epoch (network.pt);\ntest accuracy {best:.2f} % in "
             "the best one (network-best.pt)")
     run.log("to measure the network again:")
     run.log(f"    python train.py --evaluate --weights {shlex.quote(run.file('network.pt'))}")
 
 
-def train_epoch(net, parallel, batches, optimizer, args, progress):
-    """One epoch of SGD on the loss of the network and, with its weight, of the auxiliary head.
+def train_step(net, x, y, optimizer, args):
+    """One step of SGD. What Python computes in it is a constant of its CUDA graph."""
+    with utils.autocast(x.device, args.amp):
+        logits, logits_aux = net(x)
+    loss, total = utils.criterion(logits, logits_aux, y, args)
+    optimizer.zero_grad()
+    total.backward()
+    clip_grad_norm_(utils.parameters_of(optimizer), args.grad_clip)
+    optimizer.step()
+    return loss, logits
 
-    Parameters
-    ----------
-    parallel : nn.Module
-        The network as it is called where gradients are to be averaged over the ranks.
 
-    Returns
-    -------
-    dict
-        Loss and accuracy.
+def train_epoch(net, batches, optimizer, run, graphs):
+    """A step on each batch; returns loss and accuracy.
+
+    `net` averages gradients over the ranks, if there are several.
     """
-    parameters = list(net.parameters())
-    meter = utils.Meter(parameters[0].device)
-
-    def step(x, y):
-        with utils.autocast(x.device, args.amp):
-            logits, logits_aux = parallel(x)
-        loss, total = utils.losses(logits, logits_aux, y, args)
-        optimizer.zero_grad()
-        total.backward()
-        clip_grad_norm_(parameters, args.grad_clip)
-        optimizer.step()
-        meter.add(loss, logits, y)
-
+    plain = distributed.unwrapped(net)
+    meter = utils.Meter(next(plain.parameters()).device)
     net.train()
-    step = graphs.graphed(step, args.cuda_graphs)
     for x, y in batches:
-        step(x, y)
-        progress.step(meter)
-    distributed.average_statistics(net)
+        loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
+        meter.add(loss, logits, y)
+        run.progress.step(meter)
+    distributed.average_statistics(plain)
     return utils.named(meter.read(), "train")
 
 
-def scheduled(epoch, args):
-    """Learning rate of an epoch, counted from 0."""
+def schedule(args, epoch):
+    """Share of the initial learning rate, and drop-path probability, of an epoch from 0."""
     if args.dataset == "imagenet":
-        return utils.warm_up_linear(epoch, args.epochs, args.learning_rate)
-    return utils.cosine(epoch, args.epochs, args.learning_rate, args.learning_rate_min)
+        share = utils.warm_up_linear(epoch, args.epochs)
+    else:
+        share = utils.cosine(epoch, args.epochs, args.learning_rate_min / args.learning_rate)
+    return share, args.drop_path_prob * epoch / args.epochs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,47 +168,51 @@ def scheduled(epoch, args):
 # ------------------------------------------------------------------------------------------------
 
 
-def load_images(run, device, config):
-    """Training and test images, for a network of that configuration."""
+def load_images(run, device, config, source):
+    """Training images (None for an evaluation) and test images, for a network of a configuration.
+
+    A network is evaluated with the class names, mean and standard deviation of its training.
+    """
     args = run.args
-    source = imagenet if args.dataset == "imagenet" else data
+    about = source["about"] if source and args.evaluate else {}
+    reader = imagenet if args.dataset == "imagenet" else data
     with distributed.rank_zero_first():
-        train, test = source.load(
-            args.dataset, args.data, args.image_size, device, args.workers, run.log
+        train, test = reader.load(
+            args.dataset, args.data, args.image_size, device, args.workers, run.log,
+            test_only=bool(about),
         )
+    if about:
+        return None, test.as_seen_by(about["classes"], about["mean"], about["std"])
+    if args.evaluate:
+        run.log("the file does not say by which mean and standard deviation images are to be "
+                "normalised, nor\nthe order of its classes: those of this data set are taken")
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
             f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
             f"{len(test.classes)}: give its --dataset and --data"
         )
-    utils.warn_if_busy(device, run.log)
-    if not args.evaluate:
-        if not run.checkpoint:
-            arguments.fit_to_data(
-                args, len(train), arguments.train_setting(vars(args)), distributed.world_size(),
-                run.log,
-            )
-        if device.type == "cpu":
-            run.log("there is no CUDA device: the published recipe takes weeks on a small CPU; "
-                    "fewer --init_channels, --layers and --epochs help")
+    if args.evaluate:
+        return None, test
+    run.check_data(train)
+    run.log(f"{args.dataset}: {len(train)} images to train on, {len(test)} to test on")
+    if not run.checkpoint:
+        published = published_setting(vars(args))
+        flags.fit_to_data(args, len(train), published, distributed.world_size(), run.log)
+    if device.type == "cpu":
+        run.log("there is no CUDA device: the published recipe takes weeks on a small CPU; "
+                "fewer --init_channels,\n--layers and --epochs help")
     return train, test
 
 
 def use_data_of(saved, args):
     """Unless told otherwise, the data that a network was trained on, and the recipe for them.
 
-    Parameters
-    ----------
-    saved : dict
-        Arguments of the run that the network is from, or none.
-    args : argparse.Namespace
-        To be changed.
+    `saved` are the arguments of the run that the network is from, or none.
     """
     known = {name: saved[name] for name in ("dataset", "data", "image_size") if name in saved}
     typed = {name: getattr(args, name) for name in args.typed}
-    setting = arguments.train_setting({**known, **typed})
-    vars(args).update({**setting, **known, **typed})
-    arguments.check_train(args)
+    vars(args).update({**published_setting({**known, **typed}), **known, **typed})
+    check(args)
 
 
 def network_config(args, source):
@@ -238,7 +237,7 @@ def network_config(args, source):
     """
     config = dict(source["config"]) if source else {}
     if args.arch and not args.resume:  # a resumed run has its genotype in the checkpoint
-        genotype, one_stage = genotypes.load(args.arch)
+        genotype, one_stage = read_arch(args.arch)
         named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)
         if config.setdefault("genotype", named["genotype"]) != named["genotype"]:
             raise utils.UserError(
@@ -269,6 +268,14 @@ def network_config(args, source):
     return config
 
 
+def read_arch(arch):
+    """`genotypes.load`, what is wrong with it as one line."""
+    try:
+        return genotypes.load(arch)
+    except (ValueError, OSError) as error:
+        raise utils.UserError(f"--arch: {error}") from None
+
+
 def cost(net, image_size):
     """Parameters, and multiply-adds of an image; both without the auxiliary head.
 
@@ -284,13 +291,12 @@ def cost(net, image_size):
 
 
 def columns(top5):
-    """Columns of the log's table, as `runs.Run.begin` takes them."""
+    """Columns of the log's table: the head of each, and its text for the row of an epoch."""
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
-        "train acc": "{train_accuracy:.2f} %", "test loss": "{test_loss:.3f}",
-        "test acc": "{test_accuracy:.2f} %",
-        **({"test top-5": "{test_top5_accuracy:.2f} %"} if top5 else {}),
-        "best acc": "{best_accuracy:.2f} %",
+        "train %": "{train_accuracy:.2f}", "test loss": "{test_loss:.3f}",
+        "test %": "{test_accuracy:.2f}",
+        **({"top-5 %": "{test_top5_accuracy:.2f}"} if top5 else {"best %": "{best_accuracy:.2f}"}),
     }
 
 
@@ -299,6 +305,68 @@ def told(measured):
     _, accuracy, *top5 = measured
     text = f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %"
     return text + "".join(f", top-5 accuracy {value:.2f} %" for value in top5)
+
+
+def told_images(test, args):
+    """How many images of what an evaluation was on, in words."""
+    absent = test.counts().count(0)
+    without = f" (none of {absent} of the {len(test.classes)} classes)" if absent else ""
+    return f"{len(test)} images of {args.dataset}{without}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+
+def published_setting(typed):
+    """The published setting of the data set that the typed flags name."""
+    return IMAGENET if typed.get("dataset") == "imagenet" else RETRAINING
+
+
+def get_args_parser():
+    parser = flags.Parser("train.py", __doc__, published_setting, check)
+    flags.add_shared(parser, [*data.DATASETS, "imagenet"])
+    group = parser.add_argument_group("what to train or evaluate")
+    group.add_argument(
+        "--arch", metavar="GENOTYPE",
+        help="a published name, random:SEED, random:SEED:distinct, a genotype.json, a text "
+        "'Genotype(...)' or a file that holds one")
+    parser.switch(group, "one_stage",
+                  "put a BatchNorm after pools and skips, whatever the genotype says")
+    group.add_argument(
+        "--weights", type=flags.name, metavar="FILE",
+        help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
+        "(the latter needs --arch)")
+    group.add_argument(
+        "--evaluate", action="store_true",
+        help="measure the network of --weights or --resume on the test set, and do nothing else")
+    parser.show_defaults({"cifar": RETRAINING, "imagenet": IMAGENET})
+    return parser
+
+
+def check(args):
+    """Raise UserError on flags that cannot be right."""
+    flags.check_shared(args)
+    if args.arch is not None:
+        read_arch(args.arch)
+    if args.weights is not None:
+        flags.check_file("--weights", args.weights)
+    if args.resume and (args.weights or args.arch):
+        raise utils.UserError("--resume brings its own network: leave out --weights and --arch")
+    if args.evaluate and not (args.weights or args.resume):
+        raise utils.UserError(
+            "--evaluate needs the network to measure: --weights FILE or --resume RUN"
+        )
+    if args.evaluate and args.save:
+        raise utils.UserError("--evaluate makes no folder: leave out --save")
+    if not (args.arch or args.weights or args.resume):
+        raise utils.UserError(
+            "--arch is missing: give a genotype.json that search.py wrote, or one of "
+            f"{', '.join(genotypes.NAMED)}"
+        )
+    if args.dataset == "imagenet" and not args.resume:
+        flags.check_imagenet(args, linear=True)
 
 
 if __name__ == "__main__":

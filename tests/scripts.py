@@ -1,6 +1,7 @@
 """Run the scripts as a person does: their `main` in this process, or in one of its own."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -20,14 +21,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import export
-import runs
-import search
-import train
 import visualize
+from harness import runs
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"export.py": export, "search.py": search, "train.py": train}
+SCRIPTS = {"search.py": "search", "train.py": "train", "tools/export.py": "tools.export"}
 CUDA_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = {**CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 
@@ -128,12 +126,12 @@ def _run_here(script, flags, cwd, pictures):
         stack.enter_context(mock.patch.object(runs.Run, "latest", None))
         if not pictures:
             stack.enter_context(mock.patch.object(visualize, "draw_run", lambda path: []))
-            stack.enter_context(mock.patch.object(visualize, "cells_figure"))
             stack.enter_context(mock.patch.object(runs.Run, "show_figure"))
         os.chdir(cwd)
         try:
-            with runs.command(script):
-                SCRIPTS[script].main(SCRIPTS[script].get_args_parser().parse_args(flags))
+            with runs.command(Path(script).name):
+                module = importlib.import_module(SCRIPTS[script])
+                module.main(module.get_args_parser().parse_args(flags))
         except SystemExit as end:
             status = end.code
         finally:
@@ -169,7 +167,7 @@ F.cross_entropy = linger
 KILL = f"""
 import os, signal, sys
 sys.path.append({str(ROOT)!r})
-import runs
+from harness import runs
 save = runs.Run.save_checkpoint
 def save_checkpoint(run, **state):
     if state["epoch"] == KILLED:

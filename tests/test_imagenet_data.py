@@ -1,6 +1,5 @@
 """ImageNet's files, and batches of them from worker processes."""
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -164,43 +163,32 @@ def test_subset(place):
     part = train.subset(torch.tensor([80, 2]))
     assert len(part) == 2 and len(train) == 84 and part.labels.tolist() == [6, 0]
     assert part.labels.dtype == torch.int64 and part.classes == train.classes
-    assert part.files.tolist() == [train.files[80], train.files[2]]
+    assert part.images.tolist() == [train.images[80], train.images[2]]
     assert (part.image_size, part.device, part.workers) == (32, torch.device("cpu"), 1)
     ((x, y),) = part.batches(2, train=False)
     whole = list(train.batches(84, train=False))[0][0]
     assert torch.equal(x, whole[[80, 2]]) and y.tolist() == [6, 0]
 
 
-def test_halves_have_the_same_share_of_every_class(place):
-    train, _ = load(place)
-    weights, arch = (train.subset(half) for half in data.split(train.labels, 0.5, 2))
-    assert weights.labels.bincount().tolist() == arch.labels.bincount().tolist() == [6] * 7
-    assert not set(weights.files) & set(arch.files)
-
-
-class Deadly(imagenet._Reader):
-    def __getitem__(self, item):
-        signal.raise_signal(signal.SIGKILL)
-
-
 def test_a_worker_that_dies_is_reported(place, monkeypatch):
-    monkeypatch.setattr(imagenet, "_Reader", Deadly)
-    with pytest.raises(UserError, match="fewer --workers") as info:
+    monkeypatch.setattr(data, "read_rgb", lambda path: signal.raise_signal(signal.SIGKILL))
+    with pytest.raises(UserError, match="could not be read .*fewer --workers") as info:
         list(batches(place, 16, workers=1))
     assert "\n" not in str(info.value)
 
 
-class Large(imagenet._Reader):
-    def __getitem__(self, item):
-        self.transform = lambda image: bytearray(2**62)
-        return super().__getitem__(item)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_larger_than_the_memory(place, monkeypatch, workers):
-    monkeypatch.setattr(imagenet, "_Reader", Large)
-    with pytest.raises(UserError, match="too little memory.*--workers.*--image_size"):
-        list(batches(place, 16, workers=workers))
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_the_error_of_an_edit_stays_what_it_is(place, monkeypatch, workers, error):
+    def read(path):
+        raise error("mine")
+
+    monkeypatch.setattr(data, "read_rgb", read)
+    one = batches(place, 16, workers=workers)
+    with pytest.raises(error, match="mine"):
+        list(one)
+    for worker in one.loader._iterator._workers if workers else ():
+        worker.terminate()  # else it lingers for seconds
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -214,58 +202,18 @@ def test_a_damaged_image_is_named(tmp_path, workers, training):
             list(batches(tmp_path, 8, training=split == "train", workers=workers))
 
 
-# ------------------------------------------------------------------------------------------------
-# Signals
-# ------------------------------------------------------------------------------------------------
-
-
-class Interrupted(BaseException):
-    pass
-
-
-@contextlib.contextmanager
-def raising_handlers():
-    """Handlers as in the scripts: both signals raise."""
-
-    def interrupt(signum, frame):
-        raise Interrupted(signum)
-
-    old = [signal.signal(signum, interrupt) for signum in imagenet.SIGNALS]
-    try:
-        yield
-    finally:
-        for signum, handler in zip(imagenet.SIGNALS, old, strict=True):
-            signal.signal(signum, handler)
-
-
 def test_signals_to_all_processes_end_the_workers_without_a_word(place, capfd):
-    with raising_handlers():
-        one = batches(place, 8, workers=2)
-        passing = iter(one)
-        next(passing)
-        workers = one.loader._iterator._workers
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGINT)
-        assert len(list(passing)) == 10, "SIGINT is the main process's business"
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGTERM)
-            worker.join(20)
-        assert [worker.exitcode for worker in workers] == [0, 0]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_signal_that_comes_while_a_worker_starts_waits_for_its_handlers(
-    place, capfd, monkeypatch
-):
-    def start(worker):
-        os.kill(os.getpid(), signal.SIGINT)
-        start_worker(worker)
-
-    start_worker = imagenet._start_worker
-    monkeypatch.setattr(imagenet, "_start_worker", start)
-    with raising_handlers():
-        assert len(list(batches(place, 8, workers=2))) == 11
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked here no longer"
+    one = batches(place, 8, workers=2)
+    passing = iter(one)
+    next(passing)
+    workers = one.loader._iterator._workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(passing)) == 10, "SIGINT is the main process's business"
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert capfd.readouterr() == ("", "")
 
 
@@ -303,18 +251,21 @@ def test_labels_follow_the_training_folders(tmp_path):
     assert train_images.classes == val.classes == ["a", "b", "c"]
     assert train_images.labels.tolist() == [0, 1, 2] and val.labels.tolist() == [2]
     assert notes == [f"warning: {tmp_path}/val lacks classes that {tmp_path}/train has: a, b; the "
-                     "accuracy leaves them out"]
+                     "accuracy leaves them out",
+                     f"skipped 1 file(s) of other kinds in {tmp_path}/val: .txt"]
 
 
-def test_loops_and_pipes_are_skipped_with_a_warning(tmp_path):
-    folder(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
-    (tmp_path / "train/loop").symlink_to(".")
-    os.mkfifo(tmp_path / "val/a/f.png")
-    notes = []
-    images = load(tmp_path, log=notes.append)
-    assert [len(split) for split in images] == [2, 2] and images[0].classes == ["a", "b"]
-    assert notes == [f"warning: skipped {tmp_path}/train/loop (a link to a folder around it), "
-                     f"{tmp_path}/val/a/f.png (not a regular file)"]
+def test_validation_images_alone_as_a_network_sees_them(place, tmp_path):
+    (tmp_path / "val").symlink_to(place / "val")
+    train, val = imagenet.load("imagenet", tmp_path, 32, log=pytest.fail, test_only=True)
+    assert train is None and val.counts() == [4] * 7 and val.mean == imagenet.MEAN
+    classes = [*reversed(val.classes), "other"]
+    seen = val.as_seen_by(classes, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    ((x, y),) = seen.batches(28, train=False)
+    assert y.tolist() == [6 - label for label in val.labels] and seen.counts() == [4] * 7 + [0]
+    assert x.min() >= 0 and x.max() <= 1
+    with pytest.raises(UserError, match="does not know"):
+        val.as_seen_by(classes[1:], val.mean, val.std)
 
 
 def test_batches_that_cannot_be(place):
@@ -322,7 +273,8 @@ def test_batches_that_cannot_be(place):
         batches(place, 43, rank=0, world_size=2)
     with pytest.raises(UserError, match="at least 2"):
         batches(place, 1)
-    with pytest.raises(UserError, match="without cutout"):
+    with pytest.raises(UserError, match="without cutout_length: give --no-cutout"):
         batches(place, 16, cutout_length=16)
-    with pytest.raises(UserError, match="unknown data set 'cifar10'"):
-        imagenet.load("cifar10", place)
+    with pytest.raises(UserError, match="imagenet is augmented without brightness: leave it out"):
+        batches(place, 16, cutout_length=0, brightness=0.5)
+    assert len(batches(place, 16, cutout_length=0, brightness=0.0)) == 6

@@ -1,10 +1,16 @@
-"""Pictures: nothing overlaps in a cell, they show what the files say; errors are one line."""
+"""Pictures: nothing overlaps, they show what the files say, also after edits; errors are a line."""
 
+import importlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path as FilePath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,28 +19,66 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.path import Path
 from matplotlib.text import Text
-from scripts import TWO_STAGE, run
 
-import cells
-import explain
 import genotypes
 import visualize
-from genotypes import NODES
 from model_search import SparseCode
 from utils import UserError
 
+ROOT = FilePath(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+import method_figure  # noqa: E402
 
-def random_genotype(seed, each):
+
+def random_genotype(seed, each=2):
     """A genotype of `each` distinct pairs a node, not all of whose nodes are concatenated."""
-    rng = random.Random(seed)
+    rng, nodes = random.Random(seed), range(2, 2 + genotypes.NODES)
 
     def cell():
-        nodes = range(2, 2 + NODES)
         edges = [[(op, s) for s in range(node) for op in genotypes.PRIMITIVES] for node in nodes]
         return [pair for pairs in edges for pair in rng.sample(pairs, each)]
 
-    concat = sorted(rng.sample(range(2, 2 + NODES), rng.randint(1, NODES)))
-    return genotypes.Genotype(cell(), concat, cell(), range(2, 2 + NODES))
+    concat = sorted(rng.sample(nodes, rng.randint(1, genotypes.NODES)))
+    return genotypes.Genotype(cell(), concat, cell(), nodes)
+
+
+def make_run(path, kind="two", epochs=8, each=2, seed=0, accuracy=90.0, change=None, **config):
+    """A run folder; a one-stage search freezes a node of each cell in epochs 2, 3, ...
+
+    `change` edits the list of its rows.
+    """
+    path.mkdir(parents=True)
+    nodes, one = genotypes.NODES, kind == "one"
+    last = nodes + 1  # epoch of the search, if it is one-stage
+    config |= dict(seed=seed, epochs=max(epochs - last * one, 1), save=str(path), freeze_tol=1e-3,
+                   one_stage=None if kind == "train" else one)
+    (path / "config.json").write_text(json.dumps(config))
+    held_out, rows, choices = "valid" if kind == "two" else "test", [], []
+    for epoch in range(1, epochs + 1):
+        row = dict(epoch=epoch, learning_rate=0.1 / epoch, drop_path_prob=0.02 * (kind != "two"))
+        for part in ("train", held_out):
+            row |= {f"{part}_loss": 3 / epoch, f"{part}_accuracy": accuracy - epochs + epoch}
+        if kind == "train":
+            row.update(parameters=3_316_726, multiply_adds=524_996_736)
+        else:
+            row["phase"] = "searching" if one and epoch <= last else "training"
+            froze = [2 + k % nodes if one else math.inf for k in range(2 * nodes)]
+            row["frozen"] = [epoch >= at for at in froze]
+            row["distance"] = [0.5 / 4**epoch * (epoch <= at) for at in froze]
+        rows.append({**row, "seconds": 1800.0})
+        genotype = genotypes.as_lists(random_genotype(min(epoch, last) + 10 * seed, each))
+        weights = np.linspace(-1, epoch, each * nodes).tolist()
+        choices.append(dict(genotype, epoch=epoch, normal_weights=weights, reduce_weights=weights))
+    if change:
+        change(rows)
+    files = {"metrics": rows, "genotypes": choices}
+    if kind == "train":
+        genotypes.save(path / "genotype.json", random_genotype(0, each), False)
+        del files["genotypes"]
+    for name, lines in files.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (path / f"{name}.jsonl").write_text(text)
+    return str(path)
 
 
 def overlap(a, b):
@@ -60,6 +104,14 @@ def check_texts(figure):
         assert not overlap(boxes[a], boxes[b]), (a, b)
 
 
+def check_plots(figure):
+    """Besides, both axes say what they are, or the plot to the left with the same axis does."""
+    check_texts(figure)
+    for axes in figure.axes:
+        shared = axes.get_shared_y_axes().get_siblings(axes)
+        assert axes.get_xlabel() == "epoch" and any(other.get_ylabel() for other in shared)
+
+
 def check_cells(figure, genotype):
     """Labels and nodes are apart, their texts inside them, and no edge runs over one of them."""
     check_texts(figure)
@@ -69,7 +121,8 @@ def check_cells(figure, genotype):
         gids = {patch.get_gid(): patch for patch in axes.patches}  # of an edge the upper one
         boxes = {gid: patch.get_window_extent(renderer) for gid, patch in gids.items()}
         edges = {gid: boxes.pop(gid) and gids[gid] for gid in gids if gid.startswith("edge")}
-        assert len(edges) == len(pairs) + len(concat) and len(boxes) == len(pairs) + 7
+        assert len(edges) == len(pairs) + len(concat)
+        assert len(boxes) == len(pairs) + genotypes.NODES + 3
         for a, b in itertools.combinations(boxes, 2):
             assert not overlap(boxes[a], boxes[b]), (a, b)
         for text in axes.texts[1:]:
@@ -77,28 +130,53 @@ def check_cells(figure, genotype):
             assert around.x0 <= box.x0 and box.x1 <= around.x1 and around.y0 <= box.y0, text
         labels = {text.get_gid(): text.get_text().replace("\n", " ") for text in axes.texts}
         for k, (operation, _) in enumerate(pairs):
-            name, colour, *_ = cells.OPERATIONS[operation]
-            assert labels[f"text of label {k}"] == name and operation.startswith(name[:3])
+            assert labels[f"text of label {k}"][:3] == operation[:3]
+            colour = visualize.look(operation).colour
             assert to_hex(edges[f"edge {k}"].get_edgecolor()).upper() == colour
         for gid, edge in edges.items():
             k = int(gid[5:])
-            ends = (pairs[k][1], 2 + k * NODES // len(pairs)) if k < len(pairs) else (
-                concat[k - len(pairs)], cells.OUTPUT)
+            ends = (pairs[k][1], 2 + k * genotypes.NODES // len(pairs)) if k < len(pairs) else (
+                concat[k - len(pairs)], visualize.OUTPUT)
             path = edge.get_path().transformed(edge.get_transform())
             points = Path(path.to_polygons(closed_only=False)[0]).interpolated(20).vertices
             for other in boxes.keys() - {f"node {end}" for end in ends} - {f"label {k}"}:
-                box = boxes[other]
-                inside = [(x, y) for x, y in points if box.x0 < x < box.x1 and box.y0 < y < box.y1]
-                assert not inside, (gid, other)
+                low, high = boxes[other].min, boxes[other].max
+                assert not ((low < points) & (points < high)).all(1).any(), (gid, other)
+
+
+def check_search(run):
+    """Each strip has the pairs of its epochs, each panel the weights of its node, and their key."""
+    figure, nodes = visualize.search_figure(run), genotypes.NODES
+    check_plots(figure)
+    inputs = ("k−2", "k−1", *range(nodes - 1))
+    for axes, cell in zip(figure.axes, ("normal", "reduce"), strict=False):
+        lanes = [tick.get_text() for tick in axes.get_yticklabels()]
+        assert lanes == [f"{inputs[s]} → {j}" for j in range(nodes) for s in range(j + 2)]
+        for choice in run.history:
+            here = [p for p in axes.patches if p.get_x() < choice.epoch < p.get_x() + p.get_width()
+                    and to_hex(p.get_facecolor()) != "#f0f0f0"]
+            here.sort(key=lambda p: p.get_y())
+            expected = [visualize.look(op).colour
+                        for pairs in genotypes.by_node(getattr(choice.genotype, cell))
+                        for op, _ in sorted(pairs, key=lambda pair: pair[1])]
+            assert [to_hex(p.get_facecolor()).upper() for p in here] == expected
+    for k, axes in enumerate(figure.axes[3:]):
+        assert axes.get_title(loc="left").endswith(f"node {k % nodes}")
+        lines = [line.get_ydata() for line in axes.lines]
+        drawn = sorted(y for ys in lines if len(ys) == len(run.history) for y in ys if y == y)
+        weights = [choice.weights["normal" if k < nodes else "reduce"] for choice in run.history]
+        assert drawn == sorted(w for ws in weights for w in genotypes.by_node(ws)[k % nodes])
+    key = [text.get_text() for text in figure.axes[2 + nodes].get_legend().get_texts()]
+    assert key == [*map(visualize.short, genotypes.PRIMITIVES), *(f"from {i}" for i in inputs)]
+    return figure
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_nothing_overlaps_in_a_cell(stacked):
     drawn = [genotype for genotype, _ in genotypes.NAMED.values()]
-    drawn += [random_genotype(seed, each) for each in range(1, 5) for seed in range(3)]
-    for genotype in drawn:
+    for genotype in drawn + [random_genotype(seed, 1 + seed // 2) for seed in range(8)]:
         figure = visualize.cells_figure(genotype, "title", stacked=stacked)
-        assert figure.get_figwidth() == (3.35 if stacked else 6.9)
+        assert figure.get_figwidth() == pytest.approx(3.35 if stacked else 6.9)
         check_cells(figure, genotype)
 
 
@@ -112,243 +190,268 @@ def test_changes_are_filled():
          if p.get_gid().startswith("label") and to_hex(p.get_facecolor()) != "#ffffff"}
         for axes in figure.axes
     ]
-    colour = [cells.OPERATIONS[g.normal[7][0]][1] for g in (before, changed)]
+    colour = [visualize.look(g.normal[7][0]).colour for g in (before, changed)]
     assert filled == [{7: colour[0]}, {}, {7: colour[1]}, {}]
     check_texts(figure)
 
 
-def make_run(path, kind="two", epochs=8, weights=True, seed=0, accuracy=90.0, **config):
-    """A run folder; a one-stage search freezes node k in epoch 2 + k // 2, the last one in 5.
+@pytest.fixture
+def edit(monkeypatch):
+    """Edits genotypes.py, as far as pictures are concerned."""
 
-    "old": a one-stage search whose rows do not say in which phase they are.
-    """
-    path.mkdir()
-    one = kind in ("one", "old")
-    config |= dict(seed=seed, epochs=epochs - 5 * one, one_stage=one, freeze_tol=1e-3)
-    (path / "config.json").write_text(json.dumps(config))
-    held_out, rows, choices = "valid" if kind == "two" else "test", [], []
-    for epoch in range(1, epochs + 1):
-        row = dict(epoch=epoch, learning_rate=0.1 / epoch, drop_path_prob=0.02 * (kind != "two"))
-        for part in ("train", held_out):
-            row |= {f"{part}_loss": 3 / epoch, f"{part}_accuracy": accuracy - epochs + epoch}
-        if kind in ("two", "one") or (kind == "old" and epoch <= 5):
-            row["frozen"] = [one and epoch >= 2 + k // 2 for k in range(2 * NODES)]
-            row["distance"] = [0.5 / 4**epoch * (not one or epoch <= 2 + k // 2)
-                               for k in range(2 * NODES)]
-        if kind == "one":
-            row["phase"] = "search" if epoch <= 5 else "train"
-        if kind == "train":
-            row.update(parameters=3_316_726, multiply_adds=524_996_736)
-        rows.append({**row, "seconds": 1800.0})
-        choice = genotypes.as_lists(genotypes.draw(min(epoch, 4) + 10 * seed))
-        if weights:
-            choice |= {f"{cell}_weights": [1 / epoch] * 8 for cell in ("normal", "reduce")}
-        choices.append({"epoch": epoch, **choice})
-    files = {"metrics.jsonl": rows, "genotypes.jsonl": choices}
-    if kind == "train":
-        del files["genotypes.jsonl"]
-        genotypes.save(path / "genotype.json", genotypes.ISTA_twostage, False)
-    for name, lines in files.items():
-        (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
+    def reload(nodes, primitives):
+        monkeypatch.setattr(genotypes, "NODES", nodes)
+        monkeypatch.setattr(genotypes, "PRIMITIVES", primitives)
+        importlib.reload(visualize)
+        importlib.reload(method_figure)
+
+    yield reload
+    monkeypatch.undo()
+    importlib.reload(visualize)
+    importlib.reload(method_figure)
+
+
+ADDED = ["sep_conv_7x7", *genotypes.PRIMITIVES, "inverted_bottleneck_3x3", "conv_7x1_1x7"]
+
+
+@pytest.mark.parametrize("nodes, each, primitives", [
+    (3, 2, genotypes.PRIMITIVES[2:5]), (4, 4, genotypes.PRIMITIVES[::-1]), (5, 2, ADDED),
+    (8, 1, genotypes.PRIMITIVES),
+])
+def test_pictures_of_an_edited_search_space(tmp_path, edit, nodes, each, primitives):
+    edit(nodes, primitives)
+    assert len({visualize.look(name).colour for name in primitives}) == len(primitives)
+    genotype = random_genotype(0, each)
+    for stacked in (False, True):
+        check_cells(visualize.cells_figure(genotype, stacked=stacked), genotype)
+    check_search(visualize.read_run(make_run(tmp_path / "one", "one", 10, each)))
+    check_method(fake_code(each))
+    assert len(visualize.draw_run(make_run(tmp_path / "two", "two", 2, each))) == 3
 
 
 @pytest.mark.parametrize("kind, epochs", [
-    ("two", 1), ("two", 50), ("one", 4), ("one", 5), ("one", 12), ("old", 12),
+    ("two", 1), ("two", 50), ("one", 4), ("one", 5), ("one", 12),
 ])
 def test_search_figure(tmp_path, kind, epochs):
-    run = visualize.read_run(make_run(tmp_path / "run", kind, epochs, weights=epochs != 4))
-    kind = "one" if kind == "old" else kind
-    assert run.search and run.one_stage == (kind == "one") and len(run.history) == epochs
+    run = visualize.read_run(make_run(tmp_path / "run", kind, epochs))
+    assert run.one_stage == (kind == "one")
     assert run.end == (5 if kind == "one" and epochs >= 5 else None)
-    figure = visualize.search_figure(run)
-    assert len(figure.axes) == 3 + 2 * NODES * (epochs != 4)
-    check_texts(figure)
+    figure = check_search(run)
     # The title counts the epochs that the axes have, which are those of the search.
     shown = min(epochs, 5) if kind == "one" else epochs
     assert f"; {shown} epochs of search" in figure.get_suptitle()
     assert {axes.get_xlim()[1] for axes in figure.axes} == {shown + 0.5}
-    # A stroke for each node that is frozen by then.
-    strokes = [[c.get_segments()[0][0][0] for c in axes.collections] for axes in figure.axes[:2]]
-    last = (min(epochs, 5) if kind == "one" else 0) + 0.5
-    assert sorted(strokes[0]) == [x for x in (2.5, 2.5, 3.5, 3.5) if x <= last]
-    assert sorted(strokes[1]) == [x for x in (4.5, 4.5, 5.5, 5.5) if x <= last]
+    for axes in figure.axes[:2]:  # a stroke for each node that is frozen by then
+        strokes = sorted(c.get_segments()[0][0][0] for c in axes.collections)
+        assert strokes == [x + 0.5 for x in (2, 3, 4, 5) if kind == "one" and x <= shown]
     lines = {line.get_label(): line for line in figure.axes[2].lines}
-    for name, shown in (("normal 0", 2), ("reduction 3", 5)):  # the distances until they freeze
+    for name, frozen in (("normal 0", 2), ("reduction 3", 5)):  # distances until they freeze
         values = [value for value in lines[name].get_ydata() if value == value]
-        shown = min(epochs, shown) if kind == "one" else epochs
-        assert values == pytest.approx([0.5 / 4**epoch for epoch in range(1, shown + 1)])
+        until = min(epochs, frozen) if kind == "one" else epochs
+        assert values == pytest.approx([0.5 / 4**epoch for epoch in range(1, until + 1)])
 
 
-def test_bars_show_the_pairs(tmp_path):
-    run = visualize.read_run(make_run(tmp_path / "run", epochs=9))
+@pytest.mark.parametrize("low, high", [(0.021, 0.045), (0.004, 0.3), (1e-7, 0.5), (0.02, 0.02)])
+def test_a_log_axis_has_readable_ticks(tmp_path, low, high):
+    def change(rows):
+        for row, value in zip(rows, (low, high), strict=True):
+            row["distance"] = [value] * len(row["distance"])
+
+    run = visualize.read_run(make_run(tmp_path / "run", epochs=2, change=change))
     figure = visualize.search_figure(run)
-    inputs = ("k−2", "k−1", 0, 1, 2)
-    for axes, cell in zip(figure.axes, ("normal", "reduce"), strict=False):
-        lanes = [tick.get_text() for tick in axes.get_yticklabels()]
-        assert lanes == [f"{inputs[s]} → {j}" for j in range(NODES) for s in range(j + 2)]
-        for choice in run.history:
-            here = [p for p in axes.patches if p.get_x() < choice.epoch < p.get_x() + p.get_width()
-                    and to_hex(p.get_facecolor()) != "#f0f0f0"]
-            here.sort(key=lambda p: p.get_y())
-            pairs = getattr(choice.genotype, cell)
-            expected = [
-                cells.OPERATIONS[op][1]
-                for node in range(NODES)
-                for op, _ in sorted(pairs[2 * node : 2 * node + 2], key=lambda pair: pair[1])
-            ]
-            assert [to_hex(p.get_facecolor()).upper() for p in here] == expected
-
-
-DAMAGE = [
-    dict(epoch=1e400), dict(epoch="2"), dict(epoch=10**12), dict(distance=5), dict(distance=[1, 2]),
-    dict(frozen="abc"), dict(frozen=[None] * 8), dict(parameters="x"), dict(seconds=[1]),
-]
-
-
-def test_damaged_rows_and_numbers_out_of_range_are_left_out(tmp_path, script):
-    path, whole = make_run(tmp_path / "run"), make_run(tmp_path / "whole", epochs=7)
-    with open(f"{path}/metrics.jsonl") as file:
-        *rows, last = map(json.loads, file)
-    rows[3].update(valid_accuracy=1e308, train_loss=-1e308)
-    damaged = [{**last, **damage} for damage in DAMAGE]
-    with open(f"{path}/metrics.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows + damaged)
-    with open(f"{path}/genotypes.jsonl", "a") as file:
-        file.write(json.dumps({**genotypes.as_lists(genotypes.draw(0)), "epoch": 8,
-                               "normal_weights": "abcdefgh"}) + "\n")
-    with open(f"{path}/config.json", "w") as file:
-        json.dump(dict(epochs="many", one_stage="x", freeze_tol="a"), file)
-    run = visualize.read_run(path)
-    assert [row["epoch"] for row in run.metrics] == [*range(1, 8)] and run.config == {}
-    assert len(script(path)) == 3 and len(script(path, whole, "-o", "both.png")) == 4
-    check_texts(visualize.curves_figure(run))
-
-
-def test_a_name_is_no_formula(tmp_path, script):
-    names = "$x_{$", "$\\alpha$"
-    for k, name in enumerate(names):
-        make_run(tmp_path / name, batch_size=k)
-    script(*names, "-o", "compare.svg")
-    shown = (tmp_path / "compare.svg").read_text()
-    assert all(f"<!-- {name} -->" in shown for name in names)
-    assert len(script(names[0])) == 3
-    genotypes.save(tmp_path / "$x_{$.json", genotypes.ISTA_twostage, False)
-    assert script("$x_{$.json") == ["$x_{$.png"]
-
-
-def genotype_of(cell):
-    return genotypes.Genotype(cell, range(2, 6), cell, range(2, 6))
-
-
-def test_operations_on_one_edge_have_labels_and_weights_panels(tmp_path):
-    """Also with four pairs a node, all of them on one edge."""
-    operations = genotypes.PRIMITIVES[:4]
-    genotype = genotype_of([(op, source) for source in (0, 1, 0, 2) for op in operations])
-    path = make_run(tmp_path / "run", epochs=3)
-    with open(os.path.join(path, "genotypes.jsonl"), "w") as file:
-        for epoch in range(1, 4):
-            weights = {f"{c}_weights": np.linspace(-1, epoch, 16).tolist() for c in cells.CELLS}
-            row = {"epoch": epoch, **genotypes.as_lists(genotype), **weights}
-            file.write(json.dumps(row) + "\n")
-    figure = visualize.search_figure(visualize.read_run(path))
-    check_texts(figure)
-    for axes in figure.axes[:2]:
-        labels = [text.get_text() for text in axes.texts if text.get_gid() == "bar"]
-        assert labels == [cells.OPERATIONS[op][0] for _ in range(NODES) for op in operations]
-    for k, axes in enumerate(figure.axes[3:]):  # a panel for each node, a line for each pair
-        assert axes.get_title(loc="left").endswith(f"node {k % NODES}")
-        lines = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 3]
-        node = slice(4 * (k % NODES), 4 * (k % NODES) + 4)
-        expected = np.stack([np.linspace(-1, epoch, 16)[node] for epoch in range(1, 4)], 1)
-        np.testing.assert_allclose(lines, expected)
+    check_plots(figure)
+    axis = figure.axes[2].yaxis
+    view = axis.get_view_interval()
+    ticks = [tick for tick in axis.get_major_ticks() if view[0] <= tick.get_loc() <= view[1]]
+    texts = [tick.label1.get_text().replace("−", "-") for tick in ticks]
+    assert 2 <= len(texts) <= 10
+    assert [float(text) for text in texts] == pytest.approx([tick.get_loc() for tick in ticks])
 
 
 @pytest.mark.parametrize("kind, epochs", [("two", 1), ("two", 50), ("one", 12), ("train", 600)])
 def test_curves_figure(tmp_path, kind, epochs):
-    run = visualize.read_run(make_run(tmp_path / "run", kind, epochs))
-    figure = visualize.curves_figure(run)
-    check_texts(figure)
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert ("drop-path prob." in titles) == (kind != "two")
+    figure = visualize.curves_figure(visualize.read_run(make_run(tmp_path / "run", kind, epochs)))
+    check_plots(figure)
+    names = [axes.get_ylabel() for axes in figure.axes]
+    assert ("drop-path probability" in names) == (kind != "two")
     lines = {line.get_label().split()[0]: line for line in figure.axes[1].lines}
     line = lines["validation" if kind == "two" else "test"]
     assert list(line.get_xdata()) == list(range(1, epochs + 1)) and line.get_ydata()[-1] == 90
     assert ("search" in lines) == (kind == "one")
-    assert max(figure.axes[0].get_ylim()) > 3  # the first loss is no outlier
+    legend = {text.get_text().split()[0] for text in figure.legends[0].get_texts()}
+    assert legend == {name for name in lines if name[0] != "_"}
 
 
-@pytest.mark.parametrize("kind", ["two", "one"])
-def test_outliers_of_a_loss_are_marked_and_do_not_flatten_the_rest(tmp_path, kind):
-    path = make_run(tmp_path / "run", kind, 20)
-    rows = [json.loads(line) for line in open(os.path.join(path, "metrics.jsonl"))]
-    rows[1]["train_loss"], rows[16]["train_loss"] = 71.25, 8e6
-    with open(os.path.join(path, "metrics.jsonl"), "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    figure = visualize.curves_figure(visualize.read_run(path))
-    check_texts(figure)
-    axes = figure.axes[0]
-    low, high = axes.get_ylim()
-    assert low < 3 / 20 and 3 < high < 5
-    marks = {line.get_xdata()[0] for line in axes.lines if line.get_gid() == "outlier"}
-    assert marks == {2, 17}
-    assert [text.get_text().strip() for text in axes.texts] == ["8e+06", "71.2"]
+@pytest.mark.parametrize("losses, scale", [
+    ([2.4, *19 * [2.3026]], "linear"), ([2.30261, *19 * [2.3026]], "linear"),
+    ([4.0, *19 * [0.3]], "linear"), ([1.0, 71.25, *17 * [0.5], 8e6], "log"),
+])
+def test_no_loss_is_cut_off(tmp_path, losses, scale):
+    def change(rows):
+        for row, loss in zip(rows, losses, strict=True):
+            row["train_loss"] = row["valid_loss"] = loss
 
-
-@pytest.mark.parametrize("kind", ["two", "one", "train"])
-def test_a_running_or_cut_run_can_be_drawn(tmp_path, kind):
-    path = make_run(tmp_path / "run", kind, 4)
-    for name in ("metrics.jsonl", "genotypes.jsonl")[: 1 if kind == "train" else 2]:
-        with open(os.path.join(path, name), "r+") as file:
-            file.truncate(len(file.read()) - 30)
-    os.remove(os.path.join(path, "config.json"))
-    run = visualize.read_run(path)
-    assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
-    assert [choice.epoch for choice in run.history] == ([] if kind == "train" else [1, 2, 3])
-    paths = visualize.draw_run(path)
-    names = ["cells", "curves"] if kind == "train" else ["cells", "search", "curves"]
-    assert paths == [os.path.join(path, f"{name}.png") for name in names]
-    assert all(os.path.getsize(name) > 10_000 for name in paths)
-
-
-def test_rows_without_distances_and_nan_losses(tmp_path):
-    path = make_run(tmp_path / "run", "two", 6)
-    file = tmp_path / "run" / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows[:2]:  # as with --recover_every and few steps
-        del row["distance"], row["frozen"]
-    rows[3]["train_loss"] = float("nan")
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "garbage\n[1]\n")
-    assert len(visualize.draw_run(path)) == 3
-    os.remove(tmp_path / "run" / "genotypes.jsonl")
-    assert [os.path.basename(p) for p in visualize.draw_run(path)] == ["search.png", "curves.png"]
+    run = visualize.read_run(make_run(tmp_path / "run", "two", 20, change=change))
+    figure = visualize.curves_figure(run)
+    check_plots(figure)
+    (low, high), axes = figure.axes[0].get_ylim(), figure.axes[0]
+    assert low < min(losses) and max(losses) < high and axes.get_yscale() == scale
+    assert not axes.yaxis.get_offset_text().get_text()
 
 
 def test_table_and_mean_over_seeds(tmp_path, script):
     for k in range(3):
         make_run(tmp_path / f"seed{k}", "train", 4, seed=k, accuracy=97 + k / 10, batch_size=96)
-    make_run(tmp_path / "other", "train", 4, seed=3, batch_size=64)
-    make_run(tmp_path / "unfinished", "train", 4, seed=4, batch_size=96)
-    metrics = tmp_path / "unfinished" / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(True)[:2]))
+    make_run(tmp_path / "other", "train", 4, batch_size=64)
+    make_run(tmp_path / "cut", "train", 4, batch_size=96, change=lambda rows: rows.pop())
     make_run(tmp_path / "search", "two", 4)
-    names = ("seed0", "seed1", "seed2", "other", "unfinished", "search")
+    genotypes.save(tmp_path / "other" / "genotype.json", genotypes.ISTA_twostage, False)
+    names = ("seed0", "seed1", "seed2", "other", "cut", "search")
     runs = [visualize.read_run(name) for name in names]
     lines = visualize.table(runs).splitlines()
     assert len(lines) == 1 + 6 + 1
-    assert "ISTA_twostage" in lines[1] and "3.3167" in lines[1] and "525.0" in lines[1]
+    assert "3.3167" in lines[1] and "525.0" in lines[1] and "ISTA_twostage" in lines[5]
+    assert len(lines[1].split()[2]) == 7  # the hash of a genotype without a name
     assert lines[2].split()[-3:] == ["97.10", "97.10", "2.00"]
-    assert "mean ± std of 3 seeds" in lines[4] and lines[4].count("97.10 ± 0.10") == 2
-    assert "2/4" in lines[6] and lines[7].startswith("search") and "validation" in lines[7]
-    assert len(lines[7].split()[2]) == 7  # the hash of a genotype without a name
+    assert "mean ± std of 3 runs" in lines[4] and lines[4].count("97.10 ± 0.10") == 2
+    assert "3/4" in lines[6] and lines[7].startswith("search") and "validation" in lines[7]
     assert script(*names) == [*lines, "seed0/compare.png"]
     assert (tmp_path / "seed0/compare.png").exists() and not (tmp_path / "compare.png").exists()
-    assert script(*names, "-o", "here.png")[-1] == "here.png"
     figure = visualize.compare_figure(runs)
+    check_plots(figure)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["seed0 (mean of 3 runs)", "other", "cut", "search"]
+    panels = {axes.get_ylabel(): axes.lines for axes in figure.axes}
+    assert {name: len(lines) for name, lines in panels.items()} == {
+        "test accuracy (%)": 4 + 1 + 1, "validation accuracy (%)": 1}
+    [mean] = (line for line in panels["test accuracy (%)"] if "mean" in line.get_label())
+    np.testing.assert_allclose(mean.get_ydata(), [94.1, 95.1, 96.1, 97.1])
+
+
+def test_searches_are_grouped_by_setting_and_phase(tmp_path):
+    kinds = [dict(seed=0), dict(seed=1), dict(seed=2, lam=1e-3), dict(kind="one", seed=3)]
+    runs = [visualize.read_run(make_run(tmp_path / str(k), epochs=7, **kinds[k])) for k in range(4)]
+    assert [len(group) for group in visualize.groups(runs)] == [2, 1, 1]
+    going = visualize.read_run(make_run(tmp_path / "going", "one", 4))
+    assert [visualize.progress(run) for run in (*runs[2:], going)] == [(7, 7), (7, 7), (4, "?")]
+
+
+def test_short_names_and_labels(tmp_path, script):
+    for k, folder in enumerate(("a", "b")):
+        make_run(tmp_path / folder / "train", "train", 2, batch_size=k)
+    assert visualize.short_names(["a/train", "c/", "x/y/b"]) == ["train", "c", "b"]
+    paths = ("a/train", "b/train")
+    assert [line.split()[0] for line in script(*paths)[1:3]] == ["a/train", "b/train"]
+    script(*paths, "-o", "both.svg", "--labels", "ours", "random cells")
+    shown = (tmp_path / "both.svg").read_text()
+    assert "<!-- ours -->" in shown and "<!-- random cells -->" in shown and "train" not in shown
+    script("a/train", "-o", "curves.svg")
+    assert "<!-- train: test" in (tmp_path / "curves.svg").read_text()
+    script("a/train", "-o", "curves.svg", "--labels", "ours")
+    assert "<!-- ours: test" in (tmp_path / "curves.svg").read_text()
+
+
+@pytest.mark.parametrize("kind", ["two", "one", "train"])
+def test_a_running_run_can_be_drawn(tmp_path, kind):
+    path = make_run(tmp_path / "run", kind, 4)
+    for name in ("metrics.jsonl", "genotypes.jsonl")[: 1 if kind == "train" else 2]:
+        with open(os.path.join(path, name), "r+") as file:
+            file.truncate(len(file.read()) - 30)  # half of the last line is not there yet
+    run = visualize.read_run(path)
+    assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
+    assert [choice.epoch for choice in run.history] == ([] if kind == "train" else [1, 2, 3])
+    names = ["cells", "curves"] if kind == "train" else ["cells", "search", "curves"]
+    paths = visualize.draw_run(path)
+    assert paths == [os.path.join(path, f"{name}.png") for name in names]
+    assert all(os.path.getsize(name) > 10_000 for name in paths)
+
+
+@pytest.mark.parametrize("kind", ["two", "one"])
+def test_rows_of_an_edited_script_can_be_drawn(tmp_path, kind, script):
+    def change(rows):
+        rows[3].update(train_loss=math.nan, train_accuracy=math.inf, learning_rate=-1e308)
+        for row in rows[:2]:
+            row.update(w=[1, [2]], penalty={"b": 1.0}, train_loss=[1, 2], frozen=None)
+            for key in ("distance", "seconds", "test_accuracy"):
+                row.pop(key, None)
+
+    def bare(rows):
+        rows[:] = [{"epoch": row["epoch"]} for row in rows]
+
+    path = make_run(tmp_path / "run", kind, 6, change=change)
+    make_run(tmp_path / "bare", kind, 6, change=bare, batch_size=1)
+    loss = visualize.curves_figure(visualize.read_run(path)).axes[0]
+    [line] = (line for line in loss.lines if line.get_label() == "training")
+    assert list(line.get_xdata()) == [3, 5, 6]
+    for run in (path, "bare"):
+        assert len(visualize.draw_run(run)) == 3
+    assert len(script(path, "bare")) == 1 + 2 + 1
+
+
+def fake_code(each, scale=1.0):
+    """What `method_figure` asks of a SparseCode, also of an edited search space."""
+    n, nodes = len(genotypes.PRIMITIVES), range(genotypes.NODES)
+    sizes, generator = [n * (j + 2) for j in nodes], torch.Generator().manual_seed(0)
+    A, b, z = ([torch.randn(*shape, size, generator=generator) for size in sizes]
+               for shape in ((7,), (), ()))
+    support = [[divmod(k, n) for k in torch.randperm(size)[:each].tolist()] for size in sizes]
+    weights = scale * torch.linspace(-1, 1, sizes[-1]).view(-1, n)
+    return SimpleNamespace(A=A, b=[x[:7] for x in b], z=z, support=support, weights=lambda: weights)
+
+
+def check_method(code):
+    figure = method_figure.method_figure(code)
     check_texts(figure)
-    assert len(figure.legends[0].get_texts()) == 4
-    panels = {axes.get_title(loc="left"): len(axes.lines) for axes in figure.axes}
-    assert panels == {"test accuracy (%)": 5, "validation accuracy (%)": 1}
+    page, point, dictionary, _, sparse, cell = figure.axes
+    assert [bar.get_width() for bar in point.patches] == code.b[0].tolist()
+    image, A = dictionary.images[0], code.A[0].numpy()
+    np.testing.assert_array_equal(image.get_array(), A)
+    for x in (A.min(), 0, A.max()):  # below 0 red, above blue
+        red, _, blue, _ = image.cmap(image.norm(x))
+        assert abs(red - blue) < 0.02 if x == 0 else (blue - red) * x > 0
+    heads = {x: y for line in sparse.lines for x, y in [line.get_xydata()[-1]]
+             if line.get_marker() == "o"}
+    assert [heads[k] for k in range(len(heads))] == code.z[0].tolist()
+    # The pairs that are kept: bold below z, listed with their weights, filled in the cell.
+    kept = [edge * len(genotypes.PRIMITIVES) + op for edge, op in code.support[0]]
+    bold = [k for k, text in enumerate(sparse.get_xticklabels()) if text.get_weight() == "bold"]
+    assert bold == sorted(kept)
+    texts = [text.get_text().replace("−", "-") for text in page.texts]
+    weights = [float(text.split("= ")[1]) for text in texts if "$w$ = " in text]
+    assert weights == pytest.approx(code.weights().flatten()[kept].tolist(), rel=5e-3)
+    filled = {patch.get_gid() for patch in cell.patches if patch.get_gid().startswith("label")
+              and to_hex(patch.get_facecolor()) != "#ffffff"}
+    assert filled == {f"label {k}" for k in range(len(kept))}
+
+
+def test_method_figure():
+    for seed, setting in enumerate([{}, dict(sparseness=1), dict(proj_dims=5, sparseness=4)]):
+        torch.manual_seed(seed)
+        code = SparseCode(**setting)
+        code.recover()
+        check_method(code)
+    check_method(fake_code(2, scale=1e-4))  # small weights are not "−0.00"
+    assert [method_figure.number(x) for x in (-0.0, -3e-7, 1.234)] == ["0", "−3e−07", "1.23"]
+
+
+def test_method_of_a_run_is_that_of_its_checkpoint(tmp_path):
+    torch.manual_seed(1)
+    code = SparseCode(5, 3, 1e-4)
+    for b in code.b:
+        b.data *= 100
+    code.recover()
+    net = {f"normal_code.{key}": value for key, value in code.state_dict().items()}
+    args = dict(proj_dims=5, sparseness=3, lam=1e-4)
+    torch.save({"net": {**net, "stem.0.weight": torch.ones(1)}, "args": args},
+               tmp_path / "checkpoint.pt")
+    found = method_figure.code_of(tmp_path)
+    assert found.support == code.support and found.lam == 1e-4
+    torch.testing.assert_close(found.state_dict(), code.state_dict())
+    torch.testing.assert_close(found.weights(), code.weights())
+    done = subprocess.run([sys.executable, ROOT / "tools" / "method_figure.py", "."], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.stdout == "./method.png\n", done.stderr
+    assert (tmp_path / "method.png").stat().st_size > 10_000
 
 
 @pytest.fixture
@@ -357,99 +460,52 @@ def script(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run_main(*argv):
-        visualize.main(visualize.get_args_parser().parse_args([str(arg) for arg in argv]))
-        out, err = capsys.readouterr()
-        assert err == ""
-        return out.split("\n")[:-1]
+        visualize.main(visualize.get_args_parser().parse_args([*argv]))
+        return capsys.readouterr().out.splitlines()
 
     return run_main
 
 
-def random_code(seed, **setting):
-    torch.manual_seed(seed)
-    code = SparseCode(**setting)
-    code.recover()
-    return code
-
-
-@pytest.mark.parametrize("setting", [{}, dict(sparseness=1), dict(proj_dims=5, sparseness=4)])
-def test_method_figure(setting):
-    for seed in range(3):
-        code = random_code(seed, **setting)
-        figure = explain.method_figure(code)
-        check_texts(figure)
-        page, point, dictionary, sparse, cell = figure.axes
-        assert [bar.get_width() for bar in point.patches] == code.b[0].tolist()
-        np.testing.assert_array_equal(dictionary.images[0].get_array(), code.A[0].numpy())
-        heads = {x: y for line in sparse.lines for x, y in [line.get_xydata()[-1]]
-                 if line.get_marker() == "o"}
-        assert [heads[k] for k in range(len(heads))] == code.z[0].tolist()
-        # The pairs that are kept: bold below z, listed with their weights, filled in the cell.
-        kept = [edge * len(genotypes.PRIMITIVES) + op for edge, op in code.support[0]]
-        bold = [k for k, text in enumerate(sparse.get_xticklabels())
-                if text.get_weight() == "bold"]
-        assert bold == kept
-        texts = [text.get_text() for text in page.texts]
-        weights = [text.split("= ")[1].strip("$") for text in texts if "w = " in text]
-        dense = code.weights().flatten().tolist()
-        assert weights == [f"{dense[k]:.2f}" for k in kept]
-        filled = {patch.get_gid() for patch in cell.patches if patch.get_gid().startswith("label")
-                  and to_hex(patch.get_facecolor()) != "#ffffff"}
-        assert filled == {f"label {k}" for k in range(len(kept))}
-
-
-def test_method_of_a_run_is_that_of_its_checkpoint(tmp_path, script):
-    flags = ["--proj_dims", 5, "--lam", 1e-4, "--distinct_edges", "--epochs", 1]
-    run(*TWO_STAGE, *flags, "--save", "run", cwd=tmp_path)
-    code = explain.code_of("run")
-    genotype, _ = genotypes.load("run")
-    pairs = [(genotypes.PRIMITIVES[op], edge) for node in code.support for edge, op in node]
-    assert pairs == genotype.normal and len(code.b[0]) == 5
-    state = torch.load("run/checkpoint.pt", weights_only=True)["net"]
-    for name in ("A0", "b.0", "z0"):
-        torch.testing.assert_close(code.state_dict()[name], state[f"normal_code.{name}"])
-    [row] = (json.loads(line) for line in open("run/genotypes.jsonl"))
-    weights = code.weights().flatten()
-    assert weights[weights != 0].tolist() == pytest.approx(row["normal_weights"])
-    assert script("--method", "run") == ["run/method.png"]
-    assert script("--method") == ["method.png"]
-
-
-def test_script_draws_genotypes(tmp_path, script):
-    run = make_run(tmp_path / "run", "train", 1)
+def test_pictures_go_where_the_output_says(tmp_path, script):
+    run = make_run(tmp_path / "run", "two", 2)
     assert script("random:3", "--stacked") == ["random-3.png"]
-    assert script(f"{run}/genotype.json") == [f"{run}/cells.png"]
-    for name, magic in (("a.svg", b"<?xml"), ("b.pdf", b"%PDF")):
-        assert script(f"g = {genotypes.ISTA_twostage}", "-o", name) == [name]
-        assert (tmp_path / name).read_bytes().startswith(magic)
+    genotypes.save(tmp_path / "mine.json", genotypes.ISTA_twostage, False)
+    assert script("mine.json") == ["mine.png"]
+    assert script(f"g = {genotypes.ISTA_twostage}", "-o", "a.svg") == ["a.svg"]
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    # One picture of a run, by its name; all of them, in a folder that need not be there.
+    drawn = set()
+    for name in ("search", "curves", "fig2-cells"):
+        assert script(run, "-o", f"{name}.pdf") == [f"{name}.pdf"]
+        drawn.add((tmp_path / f"{name}.pdf").read_bytes())
+    assert len(drawn) == 3 and all(content.startswith(b"%PDF") for content in drawn)
+    names = ("cells", "search", "curves")
+    assert script(run, "-o", "new") == [f"new/{name}.png" for name in names]
+    assert script(run, run, "-o", "new")[-1] == "new/compare.png"
+    assert sorted(os.listdir("new")) == sorted(f"{name}.png" for name in (*names, "compare"))
+    assert not [name for name in os.listdir(run) if name.endswith(".png")]
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ([], "give a genotype"),
-        (["runs/TYPO"], "runs/TYPO: there is no such run folder or file"),
-        (["pipe"], "pipe: there is no such run folder or file"),  # to be read from
-        (["runs/TYPO", "good.json"], "runs/TYPO: there is no such run folder"),
-        (["random:x"], "expected random:SEED"),
-        (["--method", "runs/TYPO"], "runs/TYPO/checkpoint.pt cannot be read"),
-        (["--method", "broken", "empty"], "one run at most"),
-        (["done", "-o", "no/such"], "give a folder"),
-        (["empty"], "not a run folder"),
-        (["begun", "missing"], "begun: no epoch has ended yet"),
-        (["ISTA_twostage", "-o", "good.json"], "ends in .png, .svg, .pdf"),
-        (["ISTA_twostage", "-o", "no/such/cells.png"], "No such file or directory"),
-        (["broken", "broken"], "no row holds a genotype"),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    ([], "give a genotype"),
+    (["runs/TYPO"], "unknown genotype 'runs/TYPO'"),
+    (["empty"], "empty is not a run folder"),
+    (["begun"], "begun: no epoch has ended yet"),
+    (["done", "-o", "figure.pdf"], "is to end in cells or search or curves"),
+    (["done", "-o", "curves.jpg"], "ends in .png, .svg, .pdf"),
+    (["done", "done", "--labels", "one"], "1 names for 2"),
+    (["ISTA_twostage", "-o", "good.json"], "ends in .png, .svg, .pdf"),
+    (["ISTA_twostage", "-o", "no/such/cells.png"], "No such file or directory"),
+    (["other"], "other: "),
+])
 def test_what_cannot_be_drawn_is_said(tmp_path, script, argv, message):
     for name in ("empty", "begun"):
         (tmp_path / name).mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
-    os.mkfifo(tmp_path / "pipe")
-    make_run(tmp_path / "broken", "two", 2)
-    make_run(tmp_path / "done", "two", 2)
-    (tmp_path / "broken" / "genotypes.jsonl").write_text('{"epoch": 1, "normal": []}\n')
+    for name in ("done", "other"):
+        make_run(tmp_path / name, "two", 2)
+    choices = tmp_path / "other" / "genotypes.jsonl"  # of a search space that was edited since
+    choices.write_text(choices.read_text().replace("conv", "my"))
     genotypes.save(tmp_path / "good.json", genotypes.ISTA_twostage, False)
     good = (tmp_path / "good.json").read_bytes()
     with pytest.raises(UserError, match=re.escape(message)):
@@ -458,6 +514,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, script, argv, message):
 
 
 def test_an_error_is_one_line_and_exit_status_2(tmp_path):
-    error = run("visualize.py", "runs/TYPO", cwd=tmp_path, status=2)
-    assert error.stdout == "" and error.stderr.count("\n") == 1
-    assert error.stderr.startswith("visualize.py: error: runs/TYPO: there is no such run folder")
+    done = subprocess.run([sys.executable, ROOT / "visualize.py", "runs/A", "runs/B"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("visualize.py: error: runs/A is not a run folder.*\n", done.stderr)

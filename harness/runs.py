@@ -1,6 +1,6 @@
 """Run folders: created, resumed, written an epoch at a time; and how a script ends.
 
-    runs/NAME/config.json       the flags of the run
+    runs/NAME/config.json       the flags of the run; starts.jsonl: what was typed at each start
               log.txt           what was printed
               metrics.jsonl     the numbers of each epoch, one JSON object a line
               genotype.json     of a search: the current one; genotypes.jsonl: that of each epoch
@@ -11,35 +11,33 @@
 
 import contextlib
 import datetime
-import glob
 import json
 import os
+import platform
 import shlex
-import shutil
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import arguments
-import checkpoints
-import distributed
 import genotypes
 import ista
-import utils
-from distributed import rank_zero_only
-from utils import UserError, replacing, writing
+from harness import checkpoints, distributed, flags
+from harness.distributed import rank_zero_only
+from utils import Diverged, UserError, is_out_of_memory, peak_memory, replacing, writing
 
 try:
     import fcntl
 except ImportError:  # there is none on Windows
     fcntl = None
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None
+SOURCES = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------------------
 # How a script ends
@@ -62,16 +60,12 @@ def command(prog):
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
-    if sys.stdout is None:  # closed
-        sys.stdout = open(os.devnull, "w")
-    with contextlib.suppress(AttributeError):  # not a stream of text of its own
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         distributed.start()
         yield
         distributed.stop()
     except (UserError, ista.SolverUnavailable) as error:
-        arguments.fail(prog, error)
+        flags.fail(prog, error)
     except Stopped as stopped:
         signum = stopped.args[0]
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -82,26 +76,21 @@ def command(prog):
         if distributed.rank() == 0:
             print(f"{prog}: stopped by {signal.Signals(signum).name}", file=sys.stderr)
         sys.exit(128 + signum)
-    except (RuntimeError, ValueError, MemoryError) as error:
-        if utils.is_out_of_memory(error):
-            arguments.fail(prog, "there is too little memory for this: give a smaller "
-                           "--batch_size, --init_channels, --layers or --image_size")
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            flags.fail(prog, "there is too little memory for this: give a smaller --batch_size, "
+                       "--init_channels, --layers or --image_size")
         if not distributed.is_loss(error):
             raise
         reason = str(error).splitlines()[0]
         if not Run.latest:  # the rank that ended has said why
-            arguments.fail(prog, f"another rank of this run has ended: start again ({reason})")
+            flags.fail(prog, f"another rank of this run has ended: start again ({reason})")
         print(f"{prog}: error: another rank of this run has ended; "
               f"{Run.latest.how_to_resume()} ({reason})", file=sys.stderr)
         sys.exit(2)
     finally:
         if Run.latest and Run.latest.claimed:
             Run.latest.claimed.close()
-
-
-def leave_stdout():
-    """Send standard output nowhere from now on, with what is still to be flushed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,9 +138,8 @@ class Run:
 
     def _load(self, typed):
         """Take the checkpoint of --resume, and the flags of its run."""
-        path = arguments.checkpoint_path(typed.resume)
+        path = flags.checkpoint_path(typed.resume)
         checkpoint = checkpoints.load_run(path, self.kind)
-        checkpoints.check_origin(path, checkpoint["args"], FREE)
         saved = {**vars(typed), **checkpoint["args"]}  # a newer flag than the run: its default
         for name in typed.typed:
             value = getattr(typed, name)
@@ -162,16 +150,11 @@ class Run:
                     f"--{name} {value} contradicts the run in {typed.resume}, which has "
                     f"{saved.get(name)}: leave it out, or start a new run"
                 )
-        if "device" not in typed.typed and not utils.is_usable(saved["device"]):
-            self.log(f"--device {saved['device']}, which the run was given, cannot be used here: "
-                     "it goes on with the default one")
-            saved["device"] = None
         # All ranks together go on with the batches they had.
         together = saved["batch_size"] * len(checkpoint["random"])
         saved["batch_size"] = max(together // distributed.world_size(), 1)
         saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
         self.checkpoint, self.args = checkpoint, type(typed)(**saved)
-        arguments.check_step(self.args)
 
     def begin(self, device, columns):
         """Make the folder, or cut an old one back to its checkpoint; print the table's head.
@@ -188,7 +171,8 @@ class Run:
             path = path or self._make_folder()
             if fcntl:
                 self._claim(path)
-        self.path, self.device = distributed.gather(path)[0], device
+        self.path, self.device = distributed.from_rank_zero(path), device
+        Run.latest = self
         kept, self.kept = self.kept, []
         if self.checkpoint:
             epoch, epochs = self.checkpoint["epoch"], self.checkpoint["args"]["epochs"]
@@ -202,10 +186,10 @@ class Run:
             self.log(f"new run in {self.path}")
         for text in kept:
             self.log(text)
-        self.columns = {"epoch": "{name}", **columns, "memory": "{peak_memory_gib:.2f} GiB",
+        self._keep_sources()
+        self.columns = {"epoch": "{name}", **columns, "GiB": "{peak_memory_gib:.2f}",
                         "time": "{time}", "left": "{left}"}
-        self.log(utils.table_row(self.columns, self.columns))
-        Run.latest = self
+        self.log(table_row(self.columns, self.columns))
 
     def _make_folder(self):
         args = self.args
@@ -223,12 +207,7 @@ class Run:
                 f"--save {path} exists already and is not overwritten: choose another folder"
             )
         with replacing(os.path.join(name, "config.json")) as file:
-            file.write(json.dumps(plain(args), indent=1).encode())
-        sources, copies = os.path.dirname(os.path.abspath(__file__)), os.path.join(name, "scripts")
-        with writing(copies):
-            os.makedirs(copies)
-            for script in glob.glob(os.path.join(glob.escape(sources), "*.py")):
-                shutil.copy(script, copies)
+            file.write(json.dumps(saved(args), indent=1).encode())
         return name
 
     def _claim(self, path):
@@ -243,20 +222,52 @@ class Run:
 
     @rank_zero_only
     def _cut(self, epoch):
-        """Drop the rows of the .jsonl files that are later than `epoch`, or damaged.
+        """Drop the rows of the .jsonl files that are later than `epoch`, or half written.
 
         An epoch's rows are written before its checkpoint, so a run that was stopped between the
         two would repeat them.
         """
-        for path in glob.glob(os.path.join(glob.escape(self.path), "*.jsonl")):
-            kept = []
-            with writing(path), open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        if json.loads(line)["epoch"] <= epoch:
-                            kept.append(line)
-            with replacing(path) as file:
-                file.write("".join(kept).encode())
+        for path in map(self.file, ("metrics.jsonl", "genotypes.jsonl")):
+            if os.path.exists(path):
+                with open(path, errors="replace") as file:
+                    lines = [line for line in file if line.endswith("}\n")]
+                kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+                with replacing(path) as file:
+                    file.write("".join(kept).encode())
+
+    @rank_zero_only
+    def _keep_sources(self):
+        """Note the start, and keep a copy of the sources where they are not those of before."""
+        git = ["git", "-C", str(SOURCES), "describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        self.append("starts.jsonl", dict(
+            time=datetime.datetime.now().isoformat(timespec="seconds"), typed=sys.argv,
+            commit=commit or None, device=str(self.device), python=platform.python_version(),
+            torch=torch.__version__, numpy=np.__version__, ranks=distributed.world_size(),
+        ))
+        files = {*SOURCES.glob("*.py"), *SOURCES.glob("harness/*.py")}
+        for module in [*sys.modules.values()]:  # and what else an edited script imports
+            path = Path(getattr(module, "__file__", None) or "/")
+            if path.is_relative_to(SOURCES) and "site-packages" not in path.parts:
+                files.add(path)
+        now = {path.relative_to(SOURCES): path.read_bytes() for path in files}
+        copies = sorted(Path(self.path).glob("scripts*"), key=os.path.getmtime)
+        changed = [
+            str(name) for name, text in now.items()
+            if copies and (copies[-1] / name).exists() and (copies[-1] / name).read_bytes() != text
+        ]
+        if copies and not changed:
+            return
+        folder = Path(self.path, "scripts")
+        if copies:
+            folder = Path(self.path, f"scripts-after-epoch-{self.checkpoint['epoch']}")
+            self.log(f"the sources have changed since the run's last start: "
+                     f"{', '.join(sorted(changed))}; they are kept in {folder.name}")
+        for name, text in now.items():
+            with writing(folder / name):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(text)
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -275,26 +286,21 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # nobody reads it any more, as after `| head`: the run goes on
-            leave_stdout()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         path = self.file("log.txt")
         with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{text}\n")
 
+    def warn(self, text, kind=None):
+        """Log a warning; of a kind only the first one."""
+        if kind is None or kind not in self.warned:
+            self.warned.add(kind)
+            self.log(f"warning: {text}")
+
     @rank_zero_only
     def say(self):
         """Print what was logged, where no run begins."""
-        try:
-            with writing("standard output"):
-                print("\n".join(self.kept), flush=True)
-        except UserError:
-            leave_stdout()
-            raise
-
-    def warn_once(self, what, text):
-        """Log a warning, unless there was one of this kind before."""
-        if what not in self.warned:
-            self.warned.add(what)
-            self.log(f"warning: {text}")
+        print("\n".join(self.kept), flush=True)
 
     def how_to_resume(self):
         """What can be done with a run that ended early."""
@@ -328,36 +334,31 @@ class Run:
         Yields
         ------
         dict
-            The row of the epoch, to be filled.
-
-        Raises
-        ------
-        UserError
-            If a loss was not finite.
+            The row of the epoch, to be filled, with numbers, arrays and dicts of any library. When
+            the block ends they are made `plain`; checkpoints and files get that.
         """
         began = time.monotonic()
         epochs_left, is_least = epochs_left
-        self.progress = utils.Progress(
-            f"epoch {name}", len(batches), distributed.world_size() * batches.batch_size,
-            self.args.report_freq, epochs_left, self.log,
-        )
+        images = distributed.world_size() * batches.batch_size
+        self.progress = Progress(f"epoch {name}", len(batches), images, self.args.report_freq,
+                                 epochs_left, self.log)
         row = {"epoch": epoch, **row}
         try:
             yield row
-        except utils.Diverged as error:
+        except Diverged as error:
             raise UserError(
-                f"epoch {name}, {error.where}: the loss is not finite at learning rate "
-                f"{row['learning_rate']:.4g}; try a smaller {error.blame} in a new run; "
+                f"epoch {name}: {error} at learning rate {row['learning_rate']:.4g}; try a smaller "
+                "--learning_rate, --arch_learning_rate or --grad_clip in a new run; "
                 f"{self.how_to_resume()}"
             ) from None
         finally:
             self.progress.close()
-        row["seconds"] = seconds = time.monotonic() - began
-        row["peak_memory_gib"] = utils.peak_memory(self.device)
-        left = "> " * is_least + utils.duration(seconds * epochs_left)
-        shown = {**row, "name": name, "time": utils.duration(seconds), "left": left}
-        texts = [text.format(**shown) for text in self.columns.values()]
-        self.log(utils.table_row(texts, self.columns))
+        seconds = time.monotonic() - began
+        row.update(plain(row), seconds=seconds, peak_memory_gib=peak_memory(self.device))
+        left = ">" * is_least + duration(seconds * epochs_left)
+        shown = {**row, "name": name, "time": duration(seconds), "left": left}
+        texts = [cell(text, shown) for text in self.columns.values()]
+        self.log(table_row(texts, self.columns))
         self.append("metrics.jsonl", row)
         self._show(row)
 
@@ -369,8 +370,6 @@ class Run:
 
     @rank_zero_only
     def _show(self, row):
-        if SummaryWriter is None:
-            self.warn_once("tensorboard", "tensorboard is not installed, so it has no events")
         if "tensorboard" in self.warned:
             return
         with self._writing_events():
@@ -378,8 +377,9 @@ class Run:
                 # Events of a run that was stopped, from this epoch on, are not shown.
                 self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
             for key, value in row.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, row["epoch"])
+                for name, number in (value if isinstance(value, dict) else {"": value}).items():
+                    if isinstance(number, int | float):
+                        self.board.add_scalar(f"{key}/{name}".rstrip("/"), number, row["epoch"])
             self.board.flush()
 
     @contextlib.contextmanager
@@ -389,23 +389,19 @@ class Run:
             yield
         except OSError as error:
             self.board = None
-            self.warn_once("tensorboard", f"{self.file('tensorboard')} could not be written, so "
-                           f"there are no more events: {error.strerror or error}")
+            self.warn(f"{self.file('tensorboard')} could not be written, so there are no more "
+                      f"events: {error.strerror or error}", "tensorboard")
 
     @rank_zero_only
-    def show_figure(self, name, figure, epoch):
-        """Put a matplotlib figure into the TensorBoard events."""
+    def show_figure(self, name, draw, epoch):
+        """Put a matplotlib figure, made by a callable, into the TensorBoard events."""
         if self.board is not None:
-            with self._writing_events():
-                self.board.add_figure(name, figure, epoch)
+            with self._writing_events(), self._drawing(name):
+                self.board.add_figure(name, draw(), epoch)
 
     # --------------------------------------------------------------------------------------------
     # What is saved
     # --------------------------------------------------------------------------------------------
-
-    def restoring(self):
-        """Context in which what does not fit is damage to the checkpoint."""
-        return checkpoints.taking(arguments.checkpoint_path(self.args.resume))
 
     @rank_zero_only
     def save_checkpoint(self, **state):
@@ -414,58 +410,138 @@ class Run:
         The one that was there stays as checkpoint-previous.pt. `state` is made of tensors,
         numbers, strings, lists and dicts.
         """
-        about = dict(
-            kind=self.kind, version=arguments.__version__, args=plain(self.args),
-            primitives=genotypes.PRIMITIVES,
-        )
+        about = dict(kind=self.kind, args=saved(self.args), primitives=genotypes.PRIMITIVES,
+                     data=self.data)
         checkpoints.save(self.file("checkpoint.pt"), about | state, keep_last=True)
 
     @rank_zero_only
-    def save_network(self, name, net, images, **about):
+    def save_network(self, name, net, **about):
         """Write a network of model.py such that `model.load` needs nothing else.
 
-        Parameters
-        ----------
-        name : str
-            Of the file.
-        net : model.NetworkCIFAR or model.NetworkImageNet
-        images : data.Images or imagenet.Images
-            What it was trained on.
-        **about
-            Numbers and strings: what is known of it.
+        `about` is what is known of it, and of the data (see `describe`): plain values.
         """
-        about |= dict(
-            dataset=self.args.dataset, classes=list(images.classes), mean=list(images.mean),
-            std=list(images.std), image_size=self.args.image_size,
-        )
-        state = dict(
-            config=net.config, weights=net.state_dict(), args=plain(self.args), about=about
-        )
+        state = dict(config=net.config, weights=net.state_dict(), args=saved(self.args),
+                     about=about)
         checkpoints.save(self.file(name), state)
+
+    def describe(self, images):
+        """What a network has to know of the images that it is trained on."""
+        return dict(
+            dataset=self.args.dataset, classes=images.classes, mean=[*images.mean],
+            std=[*images.std], image_size=self.args.image_size,
+        )
+
+    def check_data(self, images):
+        """Refuse to go on with other training images than a resumed run began with."""
+        self.data = dict(classes=images.classes, counts=images.counts())
+        if self.checkpoint and self.checkpoint["data"] != self.data:
+            raise UserError(
+                f"{self.args.data} does not hold the training images that {self.args.save} began "
+                "with (by class: "
+                f"{sum(self.data['counts'])} now, {sum(self.checkpoint['data']['counts'])} then): "
+                "give that --data, or start a new run"
+            )
 
     @rank_zero_only
     def save_genotype(self, genotype, one_stage, **about):
         """Write genotype.json; see `genotypes.save`."""
-        genotypes.save(
-            self.file("genotype.json"), genotype, one_stage, arguments=plain(self.args), **about
-        )
+        path = self.file("genotype.json")
+        with writing(path):
+            genotypes.save(path, genotype, one_stage, arguments=saved(self.args), **about)
 
     @rank_zero_only
     def draw(self, draw_run):
-        """Have the pictures of the run drawn, and say where they are.
-
-        Parameters
-        ----------
-        draw_run : callable
-            Takes the folder, returns the paths of pictures.
-        """
-        try:
+        """Have the pictures of the run drawn by a callable that takes its folder; name them."""
+        with self._drawing("pictures"):
             names = [os.path.basename(path) for path in draw_run(self.path)]
             self.log(f"pictures in {self.path}: {', '.join(names)}")
-        except (ValueError, OSError) as error:
-            self.log(f"no pictures could be drawn: {error}")
+
+    @contextlib.contextmanager
+    def _drawing(self, what):
+        """Answer whatever keeps a picture from being drawn with a line: a run can do without."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"no {what} could be drawn ({type(error).__name__}: {error})", what)
 
 
-def plain(args):
+def saved(args):
     """The arguments as a dict that JSON and torch.save can hold."""
     return {name: value for name, value in vars(args).items() if name not in ("typed", "resume")}
+
+
+def plain(value):
+    """A value as Python's own numbers, lists and dicts, whatever library it is of."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+# ------------------------------------------------------------------------------------------------
+# Table and progress
+# ------------------------------------------------------------------------------------------------
+
+
+def cell(text, row):
+    """A format string filled in, or a dash where the row has no such number."""
+    try:
+        return text.format(**row)
+    except KeyError:
+        return "–"
+
+
+WIDTHS = {"epoch": 9, "time": 10, "left": 11}  # what stands below is wider than the head
+
+
+def table_row(texts, columns):
+    """A line of a table whose columns have these names."""
+    widths = [max(WIDTHS.get(name, 6), len(name)) for name in columns]
+    return "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
+
+
+def duration(seconds):
+    """Seconds as a person would say them: 42 s, 3 min 05 s, 2 h 07 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+BAR = "{desc} {percentage:3.0f} %|{bar:20}| {n_fmt}/{total_fmt} steps{postfix}"
+
+
+class Progress:
+    """An epoch in progress: a bar on a terminal, else a line every `report_freq` steps."""
+
+    def __init__(self, label, steps, images_per_step, report_freq, epochs_left, log):
+        self.label, self.images_per_step, self.report_freq = label, images_per_step, report_freq
+        self.epochs_left, self.log, self.began = epochs_left, log, time.monotonic()
+        self.bar = tqdm(
+            total=steps, desc=label, leave=False, file=sys.stdout, bar_format=BAR,
+            disable=distributed.rank() > 0 or not sys.stdout.isatty(), dynamic_ncols=True,
+        )
+        self.steps, self.total = 0, steps
+
+    def step(self, meter):
+        """Count a step; `meter` is read every `report_freq` steps."""
+        self.steps += 1
+        self.bar.update()
+        if self.steps % self.report_freq == 0 and self.steps < self.total:
+            loss, accuracy = meter.read()
+            pace = (time.monotonic() - self.began) / self.steps
+            left = pace * (self.total - self.steps)
+            report = (
+                f"loss {loss:.3f}, accuracy {accuracy:.2f} %, "
+                f"{self.images_per_step / pace:.0f} images/s, {duration(left)} left (of the run: "
+                f"{duration(left + pace * self.total * self.epochs_left)})"
+            )
+            self.bar.set_postfix_str(report)
+            if self.bar.disable:
+                self.log(f"    step {self.steps}/{self.total}: {report}")
+
+    def close(self):
+        self.bar.close()

@@ -1,12 +1,12 @@
 """Export a trained network to ONNX: one file, which runs without PyTorch and without this code.
 
-    python export.py --weights runs/NAME/network.pt               # runs/NAME/network.onnx
-    python export.py --weights runs/NAME/network.pt -o net.onnx
+    python tools/export.py --weights runs/NAME/network.pt               # runs/NAME/network.onnx
+    python tools/export.py --weights runs/NAME/network.pt -o net.onnx
 
 The file takes `images`, uint8 from 0 to 255, (N, 3, H, W): any number N of RGB images, of the size
 that the network was trained at. It normalises them itself, as training did, and gives `logits`,
-float32, (N, classes). The auxiliary head is left out. Its metadata holds the names of the classes,
-the genotype and all else that the run said of the network; what is no text is JSON.
+float32, (N, classes). The auxiliary head is left out. Its metadata hold the names of the classes,
+the genotype and all else that the run said of the network; what is not text is JSON.
 
 It is put in place, over an older one, only if onnxruntime computes what torch computes. How to run
 it: docs/export.md. This needs onnx, onnxscript and onnxruntime.
@@ -15,15 +15,17 @@ it: docs/export.md. This needs onnx, onnxscript and onnxruntime.
 import importlib
 import json
 import os
+import sys
 import warnings
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from torch import nn
 
-import arguments
 import genotypes
 import model
-import runs
+from harness import checkpoints, flags, runs
 from utils import UserError, replacing
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -45,24 +47,10 @@ class Exported(nn.Module):
 
 
 def to_onnx(net, image_size, metadata):
-    """The content of an ONNX file that computes what a module does.
+    """The content of an ONNX file that computes what an `Exported` network in evaluation mode does.
 
-    Parameters
-    ----------
-    net : nn.Module
-        From images to logits, in evaluation mode; see `Exported`.
-    image_size : int
-        Height and width of its images.
-    metadata : dict of str to str
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    utils.UserError
-        If a package is missing, or onnxruntime computes other logits than torch.
+    UserError if a package is missing, or onnxruntime computes other logits than torch. `metadata`
+    is a dict of texts.
     """
     try:
         onnx, _, onnxruntime = map(importlib.import_module, PACKAGES)
@@ -84,9 +72,7 @@ def to_onnx(net, image_size, metadata):
     onnx.helper.set_model_props(proto, metadata)
     content = proto.SerializeToString()
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # two short passes need no threads of their own
-    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     for images in map(random_images, (1, 3)):
         with torch.inference_mode():
             expected = net(images)
@@ -99,16 +85,16 @@ def to_onnx(net, image_size, metadata):
 
 
 def get_args_parser():
-    parser = arguments.Parser("export.py", __doc__, check=check)
-    parser.add_argument("--weights", required=True, type=arguments.name, metavar="FILE",
+    parser = flags.Parser("export.py", __doc__, check=check)
+    parser.add_argument("--weights", required=True, type=flags.name, metavar="FILE",
                         help="the network.pt of a training or of a finished one-stage search")
-    parser.add_argument("-o", "--output", type=arguments.name, metavar="FILE",
+    parser.add_argument("-o", "--output", type=flags.name, metavar="FILE",
                         help="what to write, a name in .onnx (default: beside the weights)")
     return parser
 
 
 def check(args):
-    arguments.check_file("--weights", args.weights)
+    flags.check_file("--weights", args.weights)
     args.output = args.output or os.path.splitext(args.weights)[0] + ".onnx"
     if not args.output.endswith(".onnx"):  # but network.pt, say
         raise UserError(f"-o {args.output}: the name must end in .onnx")
@@ -116,12 +102,17 @@ def check(args):
 
 def main(args):
     with replacing(args.output) as file:  # fails at once where it cannot be written
-        net, about = model.load(args.weights)
-        if lost := {"classes", "mean", "std", "image_size"} - about.keys():
-            raise UserError(f"{args.weights} does not say the {min(lost)} of its training: give "
-                            "the network.pt that a run has written at its end")
-        about["genotype"] = str(genotypes.from_lists(net.config["genotype"]))
-        about["one_stage"] = net.config["one_stage"]
+        source = checkpoints.read_weights(args.weights)
+        config, about = source["config"], source["about"]
+        if not about:
+            raise UserError(f"{args.weights} does not say the classes of its training: give the "
+                            "network.pt that a run has written at its end")
+        net = model.from_config(config)
+        net.load_state_dict(source["weights"])
+        about = {
+            **about, "genotype": str(genotypes.from_lists(config["genotype"])),
+            "one_stage": config["one_stage"],
+        }
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
         exported = Exported(net, about["mean"], about["std"]).eval()
         content = to_onnx(exported, about["image_size"], metadata)

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 search.py
 
-Each rank has a device of its own, takes its part of every batch, and averages its gradients with
+Each rank has a device of its own, takes its share of every batch, and averages its gradients with
 those of the others, so that all take the same steps. Rank 0 writes. With a single process, all of
 this does nothing.
 """
@@ -12,18 +12,9 @@ import functools
 import os
 import warnings
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-
-MIN, SUM = dist.ReduceOp.MIN, dist.ReduceOp.SUM
-
-
-def is_loss(error):
-    """Whether a RuntimeError says that another rank is gone."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
 def rank():
@@ -34,21 +25,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank():
-    """Number of this rank among those of its machine, or None without torchrun."""
-    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
-
-
-def local_world_size():
-    """Number of the ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-
-
 def launcher():
     """What the command line of a script begins with, to run it as this one is run."""
     if world_size() == 1:
         return "python"
-    here, machines = local_world_size(), ""
+    here, machines = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), ""
     if here < world_size():
         nodes = world_size() // here
         machines = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT "
@@ -60,8 +41,7 @@ def start():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Of the gradients of 1×1 convolutions, whose strides in channels-last are ambiguous.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        cuda = torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop():
@@ -69,6 +49,12 @@ def stop():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def is_loss(error):
+    """Whether a RuntimeError says that another rank is gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
 @contextlib.contextmanager
@@ -96,30 +82,15 @@ def rank_zero_only(method):
 
 def gather(value):
     """List of the values of all ranks."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
-def reduce(tensor, operation=SUM):
-    """The sum (or another reduction) of a tensor over the ranks; the tensor is left alone."""
-    if world_size() == 1:
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor, operation)
-    return tensor
-
-
-def from_rank_zero(codes):
-    """The codes of rank 0, on every rank: lists of lists of float64 arrays, broadcast flat."""
-    if world_size() == 1:
-        return codes
-    flat = torch.from_numpy(np.concatenate([z for zs in codes for z in zs]))
-    dist.broadcast(flat, 0)
-    parts = iter(np.split(flat.numpy(), np.cumsum([len(z) for zs in codes for z in zs])[:-1]))
-    return [[next(parts) for _ in zs] for zs in codes]
+def from_rank_zero(value):
+    """The value of rank 0, on every rank."""
+    return gather(value)[0]
 
 
 def data_parallel(net, parameters, static=False):
@@ -160,22 +131,28 @@ def data_parallel(net, parameters, static=False):
     return wrapped
 
 
+def unwrapped(net):
+    """The network itself; see `data_parallel`."""
+    return net.module if isinstance(net, DistributedDataParallel) else net
+
+
 def average_gradients(parameters):
     """Average the gradients of a few small parameters over the ranks."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if world_size() == 1 or not gradients:
-        return
-    mean = reduce(torch.cat([g.flatten() for g in gradients])) / world_size()
-    for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(part.view_as(g))
+    average([p.grad for p in parameters if p.grad is not None])
 
 
 @torch.no_grad()
 def average_statistics(net):
     """Average the running means and variances of all BatchNorms over the ranks."""
-    if world_size() == 1:
+    average([buffer for name, buffer in net.named_buffers() if ".running_" in name])
+
+
+def average(tensors):
+    """Average tensors over the ranks in place, in one exchange."""
+    if world_size() == 1 or not tensors:
         return
-    statistics = [buffer for name, buffer in net.named_buffers() if ".running_" in name]
-    mean = reduce(torch.cat(statistics)) / world_size()
-    for buffer, part in zip(statistics, mean.split([len(b) for b in statistics]), strict=True):
-        buffer.copy_(part)
+    mean = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(mean)
+    mean /= world_size()
+    for t, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.view_as(t))

@@ -1,0 +1,210 @@
+"""Files of torch.save: checkpoints of runs, and network weights of all origins.
+
+They are written whole or not at all, and no code in them is run. Nothing says what may be in them:
+a checkpoint is made of what the script gave, and tensors must fit, by torch's own strict loading.
+"""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import zipfile
+
+import numpy as np
+import torch
+
+import genotypes
+from harness import distributed
+from utils import UserError, replacing
+
+
+def save(path, state, keep_last=False):
+    """Write a file such that a whole one exists at every moment; UserError where it cannot be.
+
+    Parameters
+    ----------
+    path : str
+    state : dict
+        Of tensors, numbers, strings, lists and dicts.
+    keep_last : bool
+        Whether the file that was there stays, as `previous(path)`.
+    """
+    buffer = io.BytesIO()  # torch.save's own writer does not tell a full disk from a bug
+    torch.save(state, buffer)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
+        if keep_last and os.path.exists(path):
+            with replacing(previous(path)) as other, open(path, "rb") as last:
+                shutil.copyfileobj(last, other)
+
+
+def previous(path):
+    """Name of the checkpoint that was written before the one at `path`."""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}-previous{extension}"
+
+
+def load(path):
+    """Read a file of torch.save; UserError where it is not whole, or no such file."""
+    message = f"{path} is damaged, or not a file of network weights"
+    try:
+        return _load_whole(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception:  # zip, pickle and torch each have errors of their own for damage
+        with contextlib.suppress(Exception):
+            _load_whole(previous(path))
+            message += f"; {previous(path)}, of the epoch before, is whole: copy it over this one"
+    raise UserError(message)
+
+
+def _load_whole(path):
+    if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_run(path, kind):
+    """Read the checkpoint of a run of a kind, "search" or "train"; UserError if it is none."""
+    state = load(path)
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise UserError(f"{path} is not a checkpoint of a {kind} run; search.py resumes searches, "
+                        "and train.py trainings")
+    if kind == "search" and state["primitives"] != genotypes.PRIMITIVES:  # pools would swap
+        raise UserError(
+            f"{path} is of a search among other operations than genotypes.PRIMITIVES lists now, or "
+            "in another order: have it list those of the run, or start a new search"
+        )
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizers and random generators
+# ------------------------------------------------------------------------------------------------
+
+HERE = ("capturable", "fused", "foreach")  # how an optimizer computes on this device
+
+
+def load_optimizer(optimizer, state):
+    """Load an optimizer's state dict: its state and the entries of its groups, but for `HERE`."""
+    groups = [
+        {**saved, **{key: own[key] for key in HERE if key in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def random_state(generator):
+    """States of all random generators, of each rank, as torch.load(weights_only=True) admits them.
+
+    `generator` is that of the data order and augmentation.
+    """
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    on_cuda = generator.device.type == "cuda"
+    return distributed.gather({
+        "python": list(random.getstate()),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(generator.device) if on_cuda else None,
+        "data": generator.get_state(),
+    })
+
+
+def set_random_state(states, generator, seed, epoch, log):
+    """Put all random generators back into the states of `random_state`.
+
+    A generator of one kind of device cannot take the state of one of another kind: there torch's
+    generators are seeded from the run's seed and the epochs done. Ranks that were not there then
+    keep their own generators, but for that of the data, which is common to all.
+    """
+    rank, on_cuda = distributed.rank(), generator.device.type == "cuda"
+    state = states[rank] if rank < len(states) else None
+    if state:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+    if on_cuda != (states[0]["cuda"] is not None):
+        seed = random.Random(f"{seed} {epoch}").getrandbits(62)
+        generator.manual_seed(seed)
+        torch.manual_seed(seed + rank)
+        before = "the CPU" if on_cuda else "CUDA"
+        log(f"the run was on {before}, whose random numbers cannot be continued here: from epoch "
+            f"{epoch + 1} on, the order of the images, augmentation and drop-path are drawn anew")
+        return
+    generator.set_state(states[0]["data"])
+    if state:
+        torch.set_rng_state(state["torch"])
+        if on_cuda:
+            torch.cuda.set_rng_state(state["cuda"], generator.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Network weights
+# ------------------------------------------------------------------------------------------------
+
+
+def read_weights(path):
+    """Read network weights from a network.pt, a checkpoint.pt or a plain state dict.
+
+    Returns
+    -------
+    dict
+        `weights`: the state dict; `config`: what `model.from_config` needs, without genotype where
+        the file does not know it; `args`: arguments of the run, or none; `about`: what is known of
+        the data, or nothing.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged or holds something else.
+    """
+    state = load(path)
+    if isinstance(state, dict) and state.get("kind") == "search":
+        raise UserError(
+            f"{path} is the checkpoint of a search, whose supernet is not for evaluation: give "
+            "the network.pt of a finished one-stage search, or train its genotype.json"
+        )
+    try:
+        if "config" in state:
+            return state
+        weights = {
+            name.removeprefix("module."): value  # the name DataParallel gives it
+            for name, value in state.get("state_dict", state).items()
+        }
+        return {"weights": weights, "config": shape_of(weights), "args": {}, "about": {}}
+    except (LookupError, AttributeError, TypeError, ValueError):
+        raise UserError(f"{path} holds no weights of a DARTS network") from None
+
+
+def shape_of(weights):
+    """What a plain state dict says of its network: all of its `config` but the genotype."""
+    layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("cells."))
+    first = len(weights["cells.0.preprocess1.op.1.weight"])
+    return dict(
+        imagenet="stem0.0.weight" in weights,
+        C=first // 2 if layers < 3 else first,  # the first of so few cells is a reduction cell
+        num_classes=len(weights["classifier.weight"]),
+        layers=layers,
+        auxiliary="auxiliary_head.classifier.weight" in weights,
+    )
+
+
+def load_weights(net, weights, path):
+    """Load a state dict into a network; an auxiliary head that only one of them has is left out.
+
+    UserError if the weights are those of another network.
+    """
+    own = net.state_dict()
+    heads = {k: v for k, v in own.items() if k.startswith("auxiliary_head.")}
+    weights = {k: v for k, v in weights.items() if k in own or not k.startswith("auxiliary_head.")}
+    try:
+        net.load_state_dict({**heads, **weights})
+    except RuntimeError as error:
+        what = " ".join(str(error).splitlines()[1:2]).strip()
+        raise UserError(
+            f"{path} does not fit the network: {what}; give the --arch that it was trained with, "
+            "and --one_stage or --no-one_stage"
+        ) from None
