@@ -13,8 +13,13 @@ alone, and so is a layer that somebody has edited. All of it is exact, to roundi
   without one it is up to 30 times slower: gradients are put together from kernels that it has.
   All tensors are in channels-last memory there, where a 1×1 convolution is a product of matrices.
 * On Linux, memory that a step frees stays with the process, in huge pages.
-* On CUDA, BatchNorm gets a γ and a β in any case, for cuDNN's one kernel instead of torch's three,
-  and nothing counts batches.
+* On CUDA, BatchNorm in channels-last takes torch's kernels, which spread a few channels over all
+  multiprocessors where cuDNN's do not. In NCHW it gets a γ and a β in any case, for cuDNN's one
+  kernel instead of torch's three. Nothing counts batches.
+* The gradients that a concatenation hands out are dense. As slices of one tensor they would have
+  each kernel that takes them fall back to another one, or copy them.
+* In bfloat16 on CUDA the weights of all convolutions are cast in one launch, and so are their
+  gradients.
 """
 
 import copy
@@ -28,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+import model
 import model_search
 import operations
 
@@ -53,6 +59,8 @@ def accelerate(net, log=print):
     """
     if all(p.is_cpu for p in net.parameters()):
         keep_memory()
+    elif isinstance(net, model.Skeleton):
+        cast_together(net)
     for plain, faster in FASTER.items():
         layers = [layer for layer in net.modules() if type(layer) is plain]
         kinds = {}
@@ -182,6 +190,11 @@ HUGE_PAGE, HEAP = 2 << 20, 4 << 30  # bytes; beyond this heap, pages are small
 class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x, w=None):
         scale, shift = self.scale_and_shift(w)
+        if x.is_cuda and self.training and _layout(x) == torch.channels_last:
+            F._verify_batch_size(x.shape)
+            return torch.native_batch_norm(
+                x, scale, shift, self.running_mean, self.running_var, True, self.momentum, self.eps
+            )[0]
         return F.batch_norm(
             x, self.running_mean, self.running_var, scale, shift, self.training, self.momentum,
             self.eps,
@@ -234,7 +247,12 @@ class FactorizedReduce(operations.FactorizedReduce):
     def forward(self, x, w=None):
         even, odd = diagonal(relu(x))
         halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
-        return self.bn(torch.cat(halves, dim=1), w)
+        return self.bn(_Concat.apply(*halves), w)
+
+
+class Concat(operations.Concat):
+    def forward(self, nodes):
+        return _Concat.apply(*nodes)
 
 
 class Normed(operations.Normed):
@@ -257,6 +275,7 @@ FASTER = {  # what is inside others first
     operations.DilConv: DilConv,
     operations.FactorizedReduce: FactorizedReduce,
     operations.Normed: Normed,
+    operations.Concat: Concat,
     model_search.MixedOp: MixedOp,
 }
 
@@ -520,6 +539,21 @@ def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+class _Concat(torch.autograd.Function):
+    """Concatenation of channels, whose backward pass hands out dense slices."""
+
+    @staticmethod
+    def forward(ctx, *parts):
+        ctx.sizes, y = [x.shape[1] for x in parts], torch.cat(parts, dim=1)
+        ctx.layout = _layout(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return tuple(part.contiguous(memory_format=ctx.layout) for part in g.split(ctx.sizes, 1))
+
+
 def diagonal(x):
     """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2]."""
     return _Diagonal.apply(x)
@@ -547,3 +581,59 @@ def _layout(x):
     """The memory format of x, which on CUDA may also be NCHW."""
     is_nchw = x.is_cuda and x.is_contiguous()
     return torch.contiguous_format if is_nchw else torch.channels_last
+
+
+# ------------------------------------------------------------------------------------------------
+# bfloat16 on CUDA
+# ------------------------------------------------------------------------------------------------
+
+
+def cast_together(net):
+    """Have a network cast the weights of its convolutions in one launch, where autocast is on.
+
+    During a forward pass the cast tensors stand in for the parameters, as attributes of the same
+    name; parameters, state dict and optimizers are not touched.
+    """
+    convolutions, supports = None, None
+
+    def before(net, inputs):
+        nonlocal convolutions, supports
+        if not torch.is_autocast_enabled("cuda"):
+            return
+        codes = getattr(net, "codes", ())
+        if convolutions is None or supports != [code.support for code in codes]:
+            supports = [code.support for code in codes]
+            idle = {m for *_, op in net.idle_operations() for m in op.modules()} if codes else ()
+            convolutions = [m for m in net.modules() if type(m) is nn.Conv2d and m not in idle]
+        weights = [m.weight for m in convolutions]
+        for m, cast in zip(convolutions, _Cast.apply(torch.bfloat16, *weights), strict=True):
+            vars(m)["weight"] = cast
+
+    def after(net, inputs, outputs):
+        for m in convolutions or ():
+            vars(m).pop("weight", None)
+
+    net.register_forward_pre_hook(before)
+    net.register_forward_hook(after, always_call=True)
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [t.dtype for t in tensors]
+        return _cast(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        found = [k for k, g in enumerate(gradients) if g is not None]
+        cast = _cast([gradients[k] for k in found], [ctx.dtypes[k] for k in found])
+        cast = dict(zip(found, cast, strict=True))
+        return None, *(cast.get(k) for k in range(len(gradients)))
+
+
+def _cast(tensors, dtypes):
+    cast = [torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(cast, tensors)
+    return tuple(cast)

@@ -155,7 +155,7 @@ def load(spec):
             return _parse(text), False
         record = json.loads(text)
         return from_lists(record), bool(record.get("one_stage", False))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         is_ours = type(error) is ValueError  # those of the parsers are not, or name no file
         what = error if is_ours else "not a genotype.json (damaged, or another kind of file)"
         raise ValueError(f"{spec}: {what}") from None
@@ -264,7 +264,7 @@ def draw(seed, distinct_edges=False):
 
 def _parse(text):
     """The Genotype of a printed text: its fields as a literal dict, nothing else is understood."""
-    text = re.sub(r"(?:\w+\.)?int\d+\((\d+)\)", r"\1", text)  # np.int64(0) of released logs
+    text = re.sub(r"(?:\b\w+\.)?int\d+\((\d+)\)", r"\1", text)  # np.int64(0) of released logs
     text = re.sub(
         r"range\((\d\d?), *(\d\d?)\)", lambda m: str([*range(int(m[1]), int(m[2]))]), text
     )
@@ -272,9 +272,10 @@ def _parse(text):
     try:
         items = re.sub(r"\b(\w+) *=", r"'\1':", found[1])
         record = ast.literal_eval("{" + items + "}")
-    except (SyntaxError, TypeError, ValueError):  # found is None, say
+        lost = {*Genotype._fields} - record.keys()
+    except Exception:  # found is None, say, or there are too many brackets for the parser
         raise ValueError(f"malformed genotype text {_short(text)}") from None
-    if lost := {*Genotype._fields} - record.keys():
+    if lost:
         raise ValueError(f"the genotype text does not give {min(lost)}")
     return from_lists(record)
 
@@ -284,7 +285,7 @@ def _check(genotype):
     cells = {}
     for cell in ("normal", "reduce"):
         pairs, concat = getattr(genotype, cell), getattr(genotype, f"{cell}_concat")
-        if not pairs or len(pairs) % NODES:
+        if not isinstance(pairs, list | tuple) or not pairs or len(pairs) % NODES:
             raise ValueError(f"{cell} must list as many pairs for each of the {NODES} nodes")
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
             raise ValueError(f"{cell} must be a list of (operation, node) pairs")
@@ -300,8 +301,9 @@ def _check(genotype):
                         f"{cell}: node {node} cannot take its input from {_short(source)}, "
                         f"only from nodes 0 to {node - 1}"
                     )
-        concat = list(concat)
-        if not concat or not {*concat} <= {*range(2, 2 + NODES)} or len({*concat}) < len(concat):
+        concat = list(concat) if isinstance(concat, list | tuple | range) else []
+        are_nodes = all(type(node) is int and 2 <= node < 2 + NODES for node in concat)
+        if not concat or not are_nodes or len({*concat}) < len(concat):
             raise ValueError(f"{cell}_concat must hold nodes of 2 to {NODES + 1}, each once")
         whole = range(concat[0], concat[-1] + 1)
         cells[cell] = [tuple(pair) for pair in pairs]

@@ -55,25 +55,22 @@ def main(args):
     args, checkpoint = run.args, run.checkpoint
     device = utils.choose_device(args.device, args.amp)
     generator = utils.seed_everything(args.seed, device)
-    memory_format = utils.memory_format(device, args.amp)
+    memory_format = utils.memory_format(device, args.amp, two_stage=not args.one_stage)
 
     # In two-stage search the weights learn from one half of the images, and b from the other.
     weight_images, arch_images, measured_images = load_images(run, device)
     options = dict(
-        batch_size=args.batch_size, generator=generator, memory_format=memory_format,
-        rank=distributed.rank(), world_size=distributed.world_size(),
+        generator=generator, memory_format=memory_format, rank=distributed.rank(),
+        world_size=distributed.world_size(),
     )
-    augmentation = dict(cutout_length=args.cutout_length if args.cutout else 0)
-    batches = weight_images.batches(train=True, **options, **augmentation)
-    arch_batches = arch_images and arch_images.batches(train=True, **options, **augmentation)
-    measured_batches = measured_images.batches(train=False, **options)
+    training = dict(options, train=True, cutout_length=args.cutout_length if args.cutout else 0)
+    batches = weight_images.batches(args.batch_size, **training)
+    arch_batches = arch_images and arch_images.batches(args.batch_size, **training)
+    measured_batches = measured_images.batches(
+        utils.evaluation_batch(args, device), train=False, **options
+    )
 
-    net = Network(
-        args.init_channels, len(weight_images.classes), args.layers, one_stage=args.one_stage,
-        auxiliary=args.auxiliary, imagenet=args.dataset == "imagenet",
-        proj_dims=args.proj_dims, sparseness=args.sparseness, lam=args.lam,
-        distinct_edges=args.distinct_edges, dictionary=args.dictionary,
-    )
+    net = supernet(args, len(weight_images.classes))
     if checkpoint:
         net.prune_like(checkpoint["net"])
         net.load_state_dict(checkpoint["net"])
@@ -81,7 +78,8 @@ def main(args):
     weight_optimizer, arch_optimizer = optimizers(net, args)
     utils.seed_drop_path(args.seed)
     graphs = utils.Graphs(
-        args.cuda_graphs, lambda: (net.genotype(), net.frozen, net.drop_path_prob > 0), run.warn
+        utils.use_graphs(args.cuda_graphs, device, args.recover_every),
+        lambda: (net.genotype(), net.frozen, net.drop_path_prob > 0), run.warn,
     )
 
     # A one-stage search is searching, at a constant learning rate, until all nodes are frozen; then
@@ -103,12 +101,11 @@ def main(args):
         utils.set_learning_rate(weight_optimizer, factor)
         before = net.genotype()
         epoch, trained = epoch + 1, trained + (phase == "training")
-        with run.epoch(
-            epoch, f"search {epoch}" if phase == "searching" else f"{trained}/{args.epochs}",
-            batches, (args.epochs - trained, phase == "searching"), phase=phase,
-            learning_rate=weight_optimizer.param_groups[0]["lr"],
-            drop_path_prob=net.drop_path_prob,
-        ) as row:
+        name = f"search {epoch}" if phase == "searching" else f"{trained}/{args.epochs}"
+        left = args.epochs - trained, phase == "searching"  # epochs; whether there may be more
+        rates = dict(learning_rate=weight_optimizer.param_groups[0]["lr"],
+                     drop_path_prob=net.drop_path_prob)
+        with run.epoch(epoch, name, batches, left, phase=phase, **rates) as row:
             if args.one_stage:
                 row |= one_stage_epoch(
                     parallel, batches, weight_optimizer, arch_optimizer, run, graphs
@@ -132,7 +129,6 @@ def main(args):
             phase = "training"
             settle(run, net, weight_optimizer)
             parallel = distributed.data_parallel(net, net.weight_parameters(), static=True)
-        run.append("genotypes.jsonl", {"epoch": epoch, **net.describe()})
         save_genotype(run, net, row)
         run.save_checkpoint(
             epoch=epoch, phase=phase, trained=trained, row=row, net=net.state_dict(),
@@ -160,7 +156,7 @@ def arch_step(net, x, y, weight_optimizer, arch_optimizer, args):
         total.backward()
     distributed.average_gradients(utils.parameters_of(arch_optimizer))
     arch_optimizer.step()
-    return loss, logits
+    return loss.detach(), logits.detach()
 
 
 def weight_step(net, x, y, weight_optimizer, arch_optimizer, args):
@@ -173,7 +169,7 @@ def weight_step(net, x, y, weight_optimizer, arch_optimizer, args):
         total.backward()
     clip_grad_norm_(utils.parameters_of(weight_optimizer), args.grad_clip)
     weight_optimizer.step()  # operations that did not run have no gradient, so SGD skips them
-    return loss, logits
+    return loss.detach(), logits.detach()
 
 
 def one_stage_step(net, x, y, weight_optimizer, arch_optimizer, args):
@@ -188,7 +184,7 @@ def one_stage_step(net, x, y, weight_optimizer, arch_optimizer, args):
     arch_optimizer.step()  # frozen points have no gradient, so Adam leaves them alone
     clip_grad_norm_(utils.parameters_of(weight_optimizer), args.grad_clip)
     weight_optimizer.step()
-    return loss, logits
+    return loss.detach(), logits.detach()
 
 
 def two_stage_epoch(
@@ -270,8 +266,17 @@ def load_images(run, device):
         run.warn("with fewer than 3 layers there is no normal cell, so none is searched")
     if device.type == "cpu" and args.init_channels >= published["init_channels"]:
         run.log("there is no CUDA device: a small CPU takes hours for the published two-stage "
-                "search,\nand weeks for the one-stage one; fewer --init_channels and --layers help")
+                "search, and weeks for the one-stage one; fewer --init_channels and --layers help")
     return parts
+
+
+def supernet(args, num_classes):
+    return Network(
+        args.init_channels, num_classes, args.layers, one_stage=args.one_stage,
+        auxiliary=args.auxiliary, imagenet=args.dataset == "imagenet",
+        proj_dims=args.proj_dims, sparseness=args.sparseness, lam=args.lam,
+        distinct_edges=args.distinct_edges, dictionary=args.dictionary,
+    )
 
 
 def optimizers(net, args):
@@ -282,7 +287,7 @@ def optimizers(net, args):
     )
     arch_optimizer = torch.optim.Adam(
         net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
-        weight_decay=args.arch_weight_decay, fused=True, capturable=args.cuda_graphs,
+        weight_decay=args.arch_weight_decay, fused=True, capturable=net.normal_code.A0.is_cuda,
     )
     return weight_optimizer, arch_optimizer
 
@@ -332,10 +337,10 @@ def settle(run, net, weight_optimizer):
     freed = sum(p.numel() for p in dropped)
     kept = net.retraining_parameters()  # as train.py counts them
     run.log("the architecture is fixed; the operations outside it are dropped, which frees "
-            f"{freed / 1e6:.3f} M\nparameters and leaves {kept / 1e6:.3f} M")
+            f"{freed / 1e6:.3f} M parameters and leaves {kept / 1e6:.3f} M")
     if run.args.drop_path_prob:
         run.log(f"from here on drop-path rises to {run.args.drop_path_prob:g}, which lowers the "
-                "training accuracy, and the\nlearning rate falls")
+                "training accuracy, and the learning rate falls")
     if run.args.dataset == "imagenet":
         run.log(f"from here on the learning rate warms up anew, for {utils.WARM_UP} epochs, and "
                 "then falls")
@@ -354,20 +359,20 @@ def report(run, row, epoch):
     args, nodes = run.args, node_names()
     if row.get("not_converged"):
         run.warn(f"solver {args.solver} leaves a relative duality gap above {ista.TOLERANCE:g} in "
-                 f"some codes ({row['not_converged']} of\n{len(nodes)} at first); those are "
+                 f"some codes ({row['not_converged']} of {len(nodes)} at first); those are "
                  "homotopy's", "solver")
     if row.get("lam_max") and max(row["lam_max"]) <= args.lam:
         largest = f"--lam {args.lam:g}: all codes are 0 above λ_max, {max(row['lam_max']):.1e} at "
         if epoch:
             raise utils.UserError(largest + f"most after epoch {epoch}, so nothing is searched: "
                                   "give a smaller --lam")
-        run.warn(largest + "most now;\nthe search ends if that is so after an epoch", "zero")
+        run.warn(largest + "most now; the search ends if that is so after an epoch", "zero")
     elif any(row.get("too_sparse", [])):
         told = zip(nodes, row["too_sparse"], row["lam_max"], strict=True)
         told = [f"{node} (λ_max {lam_max:.1e})" for node, sparse, lam_max in told if sparse]
         run.warn(f"at λ {args.lam:g} the codes of some nodes have fewer than {args.sparseness} "
-                 "nonzero entries, so that they\nkeep pairs of their last support and do not "
-                 f"freeze; a smaller --lam helps:\n{', '.join(told)}", "sparse")
+                 "nonzero entries, so that they keep pairs of their last support and do not "
+                 f"freeze; a smaller --lam helps: {', '.join(told)}", "sparse")
     if row.get("parameters"):  # one-stage search: how near the end is
         size = f"{row['parameters'] / 1e6:.3f} M parameters"
         if row["rejected"]:
@@ -405,8 +410,11 @@ def node_names():
 # ------------------------------------------------------------------------------------------------
 
 
-def save_genotype(run, net, row):
+def save_genotype(run, net, row, anew=True):
+    """Save the current genotype, and `anew` that of the epoch."""
     args = run.args
+    if anew:
+        run.append("genotypes.jsonl", {"epoch": row["epoch"], **net.describe()})
     run.save_genotype(
         net.genotype(), args.one_stage,
         method=f"ISTA-NAS {'one' if args.one_stage else 'two'}-stage search",
@@ -418,14 +426,14 @@ def save_genotype(run, net, row):
 def finish(run, net, images, measured_batches, row):
     """Say what came out, and the next command; in one-stage search save the trained network."""
     args = run.args
-    save_genotype(run, net, row)  # a resumed run that had ended has only this to do
+    save_genotype(run, net, row, anew=False)  # a resumed run that had ended has only this to do
     run.draw(visualize.draw_run)
-    run.log(f"the search is done: genotype = {net.genotype()}")
+    run.log(f"the search is done: genotype = {net.genotype()}", whole=True)
     if not args.one_stage:
         run.log("to train it from scratch, at the published size unless flags say otherwise:")
         arch = shlex.quote(run.file("genotype.json"))
         run.log(f"    python train.py --arch {arch}{flags.data_flags(args)}"
-                f"{flags.cutout_flag(args)}")
+                f"{flags.cutout_flag(args)}", whole=True)
         return
     plain = net.absorb()
     _, before = utils.evaluate(net, measured_batches, args.amp)
@@ -435,8 +443,8 @@ def finish(run, net, images, measured_batches, row):
                      **run.describe(images))
     run.log("the trained network is in network.pt; to measure it, and to train it further:")
     weights = shlex.quote(run.file("network.pt"))
-    run.log(f"    python train.py --evaluate --weights {weights}")
-    run.log(f"    python train.py --weights {weights}{flags.cutout_flag(args)}")
+    run.log(f"    python train.py --evaluate --weights {weights}", whole=True)
+    run.log(f"    python train.py --weights {weights}{flags.cutout_flag(args)}", whole=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -540,9 +548,6 @@ def check(args):
     if args.sparseness > pairs:
         raise utils.UserError(f"--sparseness {args.sparseness}: the first node has only {pairs} "
                               f"{'edges' if args.distinct_edges else 'pairs'}")
-    if args.cuda_graphs and args.recover_every != "epoch":
-        raise utils.UserError("--cuda_graphs records steps that last for an epoch: leave out "
-                              "--recover_every")
     if args.dataset == "imagenet" and not args.resume:
         flags.check_imagenet(args, linear=args.one_stage)
 

@@ -55,11 +55,10 @@ def main(args):
 
     train, test = load_images(run, device, config, source)
     options = dict(
-        batch_size=args.batch_size, generator=generator, memory_format=memory_format,
-        rank=distributed.rank(), world_size=distributed.world_size(),
+        generator=generator, memory_format=memory_format, rank=distributed.rank(),
+        world_size=distributed.world_size(),
     )
-    augmentation = dict(cutout_length=args.cutout_length if args.cutout else 0)
-    test_batches = test.batches(train=False, **options)
+    test_batches = test.batches(utils.evaluation_batch(args, device), train=False, **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
 
     net = model.from_config(config)
@@ -70,26 +69,29 @@ def main(args):
     utils.seed_drop_path(args.seed)
     parameters, multiply_adds = cost(net, args.image_size)
     run.log(f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M "
-            f"multiply-adds an image, both without the auxiliary head;\ndevice: {device}")
+            f"multiply-adds an image, both without the auxiliary head; device: {device}")
     if args.evaluate:
         measured = utils.evaluate(net, test_batches, args.amp, top5)
         run.log(f"{told(measured)}, loss {measured[0]:.4f}, on {told_images(test, args)}")
         run.say()
         return
 
-    batches = train.batches(train=True, **options, **augmentation)
+    cutout_length = args.cutout_length if args.cutout else 0
+    batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
     optimizer = torch.optim.SGD(
         net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
         foreach=True,
     )
-    graphs = utils.Graphs(args.cuda_graphs, lambda: net.drop_path_prob > 0, run.warn)
+    graphs = utils.Graphs(
+        utils.use_graphs(args.cuda_graphs, device), lambda: net.drop_path_prob > 0, run.warn
+    )
     epoch, best = 0, 0.0
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
         checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     genotype = genotypes.from_lists(config["genotype"])
-    run.log(f"genotype = {genotype}")
+    run.log(f"genotype = {genotype}", whole=True)
     run.begin(device, columns(top5))
     run.save_genotype(genotype, config["one_stage"], arch=args.arch)
     parallel = distributed.data_parallel(net, [*net.parameters()], static=True)
@@ -120,10 +122,11 @@ def main(args):
     about = dict(run.describe(train), epoch=epoch, **utils.named(measured, "test"))
     run.save_network("network.pt", net, **about)
     run.draw(visualize.draw_run)
-    run.log(f"{told(measured)} after the last epoch (network.pt);\ntest accuracy {best:.2f} % in "
+    run.log(f"{told(measured)} after the last epoch (network.pt); test accuracy {best:.2f} % in "
             "the best one (network-best.pt)")
     run.log("to measure the network again:")
-    run.log(f"    python train.py --evaluate --weights {shlex.quote(run.file('network.pt'))}")
+    weights = shlex.quote(run.file("network.pt"))
+    run.log(f"    python train.py --evaluate --weights {weights}", whole=True)
 
 
 def train_step(net, x, y, optimizer, args):
@@ -135,7 +138,7 @@ def train_step(net, x, y, optimizer, args):
     total.backward()
     clip_grad_norm_(utils.parameters_of(optimizer), args.grad_clip)
     optimizer.step()
-    return loss, logits
+    return loss.detach(), logits.detach()
 
 
 def train_epoch(net, batches, optimizer, run, graphs):
@@ -185,7 +188,7 @@ def load_images(run, device, config, source):
         return None, test.as_seen_by(about["classes"], about["mean"], about["std"])
     if args.evaluate:
         run.log("the file does not say by which mean and standard deviation images are to be "
-                "normalised, nor\nthe order of its classes: those of this data set are taken")
+                "normalised, nor the order of its classes: those of this data set are taken")
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
             f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
@@ -200,7 +203,7 @@ def load_images(run, device, config, source):
         flags.fit_to_data(args, len(train), published, distributed.world_size(), run.log)
     if device.type == "cpu":
         run.log("there is no CUDA device: the published recipe takes weeks on a small CPU; "
-                "fewer --init_channels,\n--layers and --epochs help")
+                "fewer --init_channels, --layers and --epochs help")
     return train, test
 
 
@@ -310,7 +313,7 @@ def told(measured):
 def told_images(test, args):
     """How many images of what an evaluation was on, in words."""
     absent = test.counts().count(0)
-    without = f" (none of {absent} of the {len(test.classes)} classes)" if absent else ""
+    without = f" ({absent} of the {len(test.classes)} classes have none)" if absent else ""
     return f"{len(test)} images of {args.dataset}{without}"
 
 

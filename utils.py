@@ -135,15 +135,20 @@ def seed_drop_path(seed):
         torch.manual_seed(seed + dist.get_rank())
 
 
-def memory_format(device, amp):
-    """The memory format of network and batches.
+def memory_format(device, amp, two_stage=False):
+    """The memory format of network and batches, by what was measured; see docs/speed.md.
 
-    Channels-last on a CPU, and in bfloat16 on CUDA, where it is what tensor cores work on. In
-    float32 on CUDA it would send depthwise convolutions to cuDNN, whose kernels for it are slow;
-    in NCHW they run on torch's own.
+    Channels-last on a CPU, in bfloat16 on CUDA, where it is what tensor cores work on, and for the
+    steps of two-stage search.
     """
-    is_nchw = device.type == "cuda" and not amp
+    is_nchw = device.type == "cuda" and not amp and not two_stage
     return torch.contiguous_format if is_nchw else torch.channels_last
+
+
+def evaluation_batch(args, device):
+    """Images in a batch of an evaluation: on CUDA as many as keep it busy; they divide 10,000."""
+    busy = 1000 * 32**2 // args.image_size**2
+    return max(args.batch_size, busy) if device.type == "cuda" else args.batch_size
 
 
 def autocast(device, enabled):
@@ -306,6 +311,15 @@ def evaluate(net, batches, amp=False, top5=False):
 # ------------------------------------------------------------------------------------------------
 
 
+def use_graphs(wanted, device, recover_every="epoch"):
+    """Whether steps are recorded: unless --no-cuda_graphs is typed, where that is possible."""
+    possible = device.type == "cuda" and not dist.is_initialized() and recover_every == "epoch"
+    if wanted and not possible:
+        raise UserError("--cuda_graphs needs a single rank on a CUDA device, and recoveries at the "
+                        "end of epochs: leave it out")
+    return possible and wanted is not False
+
+
 class Graphs:
     """Steps of training as CUDA graphs: one launch in place of thousands.
 
@@ -314,7 +328,8 @@ class Graphs:
     is step(net, x, y, optimizer, args). Where graphs are enabled, its first call runs as it is, its
     second one is recorded, and later ones replay that record, with their tensors as inputs. It is
     recorded anew when `constants()` or a number in an optimizer's groups has changed. Other numbers
-    that Python computes inside a step are constants of the graph.
+    that Python computes inside a step are constants of the graph. A step that cannot be recorded,
+    because it asks the device for a value, runs as it is.
 
     Parameters
     ----------
@@ -342,7 +357,13 @@ class Graphs:
         record = self.records[place]
         if record.graph is None:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            record.make(step, args, self.pool)
+            if error := record.make(step, args, self.pool):
+                self.enabled, self.records = False, {}
+                self.warn(f"{step.__name__} cannot be recorded as a CUDA graph, so steps run "
+                          f"without ({type(error).__name__}: {str(error).splitlines()[0]})")
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                return step(*args)
         return record.replay(inputs)
 
 
@@ -351,12 +372,22 @@ class Record:
         self.key, self.graph = key, None
 
     def make(self, step, args, pool):
+        """Record a step; returns the error that keeps it from being recorded, if there is one."""
         args = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        self.inputs = [x for x in args if isinstance(x, torch.Tensor)]
-        self.graph = torch.cuda.CUDAGraph()
-        # Meanwhile a thread of imagenet's loader may pin memory, which is no part of it.
-        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
-            self.outputs = step(*args)
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[stream.device_index]
+        state = generator.clone_state()
+        try:
+            # Meanwhile a thread of imagenet's loader may pin memory, which is no part of it.
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                self.outputs = step(*args)
+        except Exception as error:
+            torch.cuda.set_stream(stream)  # torch leaves its own current, and the generator
+            generator.graphsafe_set_state(state)  # in the midst of a recording
+            while error.__context__ is not None:  # the end of the recording has failed as well
+                error = error.__context__
+            return error
+        self.inputs, self.graph = [x for x in args if isinstance(x, torch.Tensor)], graph
 
     def replay(self, inputs):
         for own, x in zip(self.inputs, inputs, strict=True):

@@ -142,7 +142,7 @@ def read_run(path, name=None):
 def _rows(path):
     """Rows of a .jsonl file by epoch; the last one may still be on its way to the disk."""
     rows = {}
-    with open(path if os.path.exists(path) else os.devnull, encoding="utf-8") as file:
+    with open(path if os.path.exists(path) else os.devnull, errors="replace") as file:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
@@ -171,7 +171,7 @@ def progress(run):
     done, total = run.metrics[-1]["epoch"], run.config["epochs"]
     if run.one_stage:
         total = "?" if run.end is None else run.end + total
-    return done, total
+    return done, total if total == "?" else max(done, total)  # a resumed run may have gone on
 
 
 def groups(runs):

@@ -1,9 +1,9 @@
 """Search with first-order DARTS, or PC-DARTS, on the layers and the data of this project.
 
-    python benchmarks/darts.py --save runs/darts                              # DARTS' setting
-    python benchmarks/darts.py --save runs/pc-darts --partial 4 --warm_up 15 \\
+    python experiments/darts.py --save runs/darts                             # DARTS' setting
+    python experiments/darts.py --save runs/pc-darts --partial 4 --warm_up 15 \\
         --batch_size 256 --learning_rate 0.1 --arch_learning_rate 6e-4        # PC-DARTS'
-    python benchmarks/nasbench301.py --model M.onnx --encoding E.json runs/darts
+    python experiments/nasbench301.py --model M.onnx --encoding E.json runs/darts
 
 A search by sparse coding is compared with it, at equal data and steps. Every edge runs all 7
 operations (DARTS' eighth, `none`, is not in our space), weighted by a softmax over α. A step moves
@@ -30,14 +30,15 @@ from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import arguments
 import data
 import fast
 import genotypes
 import utils
 from genotypes import NODES, PRIMITIVES, Genotype
+from harness import checkpoints, flags
 from model import Skeleton, preprocess
 from model_search import MixedOp
+from operations import Concat
 from utils import UserError
 
 INPUTS = range(2, 2 + NODES)  # how many earlier nodes each node has: 2, 3, 4, 5
@@ -46,27 +47,36 @@ HERE = {"save", "device", "data", "typed"}  # may differ when a search goes on
 
 
 def get_args_parser():
-    parser = arguments.Parser(prog="darts.py", description=__doc__)
-    parser.add_argument("--save", required=True, metavar="DIR", help="folder of the search")
-    parser.add_argument("--dataset", default="cifar10", choices=data.DATASETS)
-    parser.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
-    whole, real = arguments.whole, arguments.real
-    for name, kind, default, help in (
-        ("data", str, "data", "where the images are"),
-        ("image_size", whole(4), 32, "pixels"),
-        ("seed", whole(0), 2, "of all that is random"),
-        ("init_channels", whole(1), 16, "channels of the first cells"),
-        ("layers", whole(3), 8, "cells"),
-        ("partial", whole(1), 1, "operations see 1/K of the channels; PC-DARTS: 4"),
-        ("epochs", whole(1), 50, "of the search"),
-        ("warm_up", whole(0), 0, "epochs at the start in which α and β rest; PC-DARTS: 15"),
-        ("batch_size", whole(2), 64, "images of α, and images of the weights, in a step"),
-        ("learning_rate", real(0), 0.025, "of the weights at first; it falls to 0.001"),
-        ("arch_learning_rate", real(0), 3e-4, "of α and β"),
+    parser = flags.Parser("darts.py", __doc__, check=check)
+    parser.usage = "darts.py --save DIR [flags]"
+    name, whole, real = flags.name, flags.whole, flags.real
+    for flag, kind, default, metavar, help in (
+        ("save", name, None, "DIR", "folder of the search"),
+        ("device", name, None, "NAME", "cuda, cpu, ... (default: cuda if there is one)"),
+        ("data", name, "data", "DIR", "folder of the data set"),
+        ("image_size", whole(4), 32, "PIXELS", "width and height that images are resized to"),
+        ("seed", whole(0), 2, "N", "of all that is random"),
+        ("init_channels", whole(1), 16, "C", "channels of the first cells"),
+        ("layers", whole(3), 8, "CELLS", "number of cells"),
+        ("partial", whole(1), 1, "K", "operations see 1/K of the channels; PC-DARTS: 4"),
+        ("epochs", whole(1), 50, "N", "of the search"),
+        ("warm_up", whole(0), 0, "N", "first epochs, in which α and β rest; PC-DARTS: 15"),
+        ("batch_size", whole(2), 64, "IMAGES", "of α, and as many of the weights, in a step"),
+        ("learning_rate", real(1e-3), 0.025, "LR", "of the weights at first; it falls to 0.001"),
+        ("arch_learning_rate", real(0), 3e-4, "LR", "of α and β"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X",
-                            help=f"{help} (%(default)s)")
+        parser.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=help,
+                            required=flag == "save")
+    parser.add_argument("--dataset", default="cifar10", choices=[*data.DATASETS], metavar="NAME",
+                        help=f"one of {', '.join(data.DATASETS)}")
+    parser.show_defaults({})
     return parser
+
+
+def check(args):
+    if args.init_channels % args.partial:
+        raise UserError(f"--init_channels {args.init_channels} is not a multiple of --partial "
+                        f"{args.partial}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,8 +116,9 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList(
             Edge(C, 2 if reduction and source < 2 else 1, partial)
             for inputs in INPUTS for source in range(inputs))
+        self.concat = Concat()
 
-    def forward(self, s0, s1, drop_prob, op_weights, edge_weights):   # 14 × 7, 14 numbers
+    def forward(self, s0, s1, keep, op_weights, edge_weights):        # 14 × 7, 14 numbers
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edges = zip(self.edges, op_weights, edge_weights, strict=True)
         for inputs in INPUTS:
@@ -117,15 +128,13 @@ class Cell(nn.Module):
                 y = edge(x, weights)
                 outputs.append(y if edge_weight is None else edge_weight * y)
             states.append(sum(outputs[1:], outputs[0]))
-        return torch.cat(states[2:], dim=1)                           # (B, 4C, H, W)
+        return self.concat(states[2:])                                # (B, 4C, H, W)
 
 
 class Network(Skeleton):
     """The supernet of DARTS, or with `partial` > 1 of PC-DARTS."""
 
     def __init__(self, C, num_classes, layers, partial=1):
-        if C % partial:
-            raise UserError(f"--init_channels {C} is not a multiple of --partial {partial}")
         super().__init__(C, num_classes, layers, False, lambda *shape: Cell(*shape, partial))
         # of the normal and of the reduction cells
         self.alpha = nn.ParameterList(1e-3 * torch.randn(EDGES, len(PRIMITIVES)) for _ in "nr")
@@ -203,24 +212,22 @@ def main(args):
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         began = time.monotonic()
-        learning_rate = utils.cosine(epoch - 1, args.epochs, args.learning_rate, 0.001)
-        utils.set_learning_rate(optimizer, learning_rate)
-        meter = train(net, batches, arch_batches, optimizer,
-                      arch_optimizer if epoch > args.warm_up else None)
-        row = dict(epoch=epoch, learning_rate=learning_rate)
-        row["train_loss"], row["train_accuracy"] = meter.read()
-        row["valid_loss"], row["valid_accuracy"] = utils.evaluate(net, held_out)
-        row["seconds"] = time.monotonic() - began
-        row["peak_memory_gib"] = utils.peak_memory(device)
+        low = 0.001 / args.learning_rate
+        utils.set_learning_rate(optimizer, utils.cosine(epoch - 1, args.epochs, low))
+        row = dict(
+            epoch=epoch, learning_rate=optimizer.param_groups[0]["lr"],
+            **train(net, batches, arch_batches, optimizer, arch_optimizer, epoch > args.warm_up),
+            **utils.named(utils.evaluate(net, held_out), "valid"),
+            seconds=time.monotonic() - began, peak_memory_gib=utils.peak_memory(device),
+        )
         rows.append(row)
         history.append({"epoch": epoch, **genotypes.as_lists(net.genotype())})
         os.makedirs(args.save, exist_ok=True)
-        with utils.replacing(path) as file:
-            torch.save({
-                "kind": "darts", "args": plain, "rows": rows, "history": history,
-                "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                "arch_optimizer": arch_optimizer.state_dict(), "generator": generator.get_state(),
-            }, file)
+        checkpoints.save(path, dict(
+            kind="darts", args=plain, rows=rows, history=history, net=net.state_dict(),
+            optimizer=optimizer.state_dict(), arch_optimizer=arch_optimizer.state_dict(),
+            generator=generator.get_state(),
+        ))
         print(f"epoch {epoch}/{args.epochs}: train {row['train_accuracy']:.2f} %, "
               f"valid {row['valid_accuracy']:.2f} %, {row['seconds']:.1f} s, "
               f"peak {row['peak_memory_gib']:.2f} GiB", flush=True)
@@ -230,47 +237,40 @@ def main(args):
           f"{max(row['peak_memory_gib'] for row in rows):.2f} GiB, genotype = {net.genotype()}")
 
 
-def train(net, batches, arch_batches, optimizer, arch_optimizer):
-    """One epoch. At each step first α and β move, unless `arch_optimizer` is None."""
-    weights, arch = net.weight_parameters(), net.arch_parameters()
-    meter = utils.Meter(weights[0].device)
+def train(net, batches, arch_batches, optimizer, arch_optimizer, arch_moves):
+    """One epoch. At each step first α and β move, if they do, then the weights."""
+    meter = utils.Meter(net.classifier.weight.device)
     net.train()
     for (x, y), (x_arch, y_arch) in zip(batches, arch_batches.endless(), strict=False):
-        if arch_optimizer:
-            step(net, x_arch, y_arch, arch_optimizer, arch, weights)
-        loss, logits = step(net, x, y, optimizer, weights, arch, grad_clip=5.0)
+        if arch_moves:
+            step(net, x_arch, y_arch, arch_optimizer, held=optimizer)
+        loss, logits = step(net, x, y, optimizer, held=arch_optimizer, grad_clip=5.0)
         meter.add(loss, logits, y)
-    return meter
+    return utils.named(meter.read(), "train")
 
 
-def step(net, x, y, optimizer, trained, fixed, grad_clip=None):
-    """One step on some parameters; no gradient of the others is computed."""
-    for p in trained:
-        p.requires_grad_(True)
-    for p in fixed:
-        p.requires_grad_(False)
-    logits, _ = net(x)
-    loss = F.cross_entropy(logits, y)
-    optimizer.zero_grad()
-    loss.backward()
+def step(net, x, y, optimizer, held, grad_clip=None):
+    """One step of an optimizer; no gradient of what the other one, `held`, moves is computed."""
+    with utils.held(held):
+        logits, _ = net(x)
+        loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
     if grad_clip is not None:
-        clip_grad_norm_(trained, grad_clip)
+        clip_grad_norm_(utils.parameters_of(optimizer), grad_clip)
     optimizer.step()
     return loss, logits
 
 
 def read(path, plain):
     """The checkpoint of a search with these flags."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kind, flags = checkpoint["kind"], checkpoint["args"]
-    except Exception:  # zip, pickle and torch each have errors of their own for damage
-        kind, flags = None, {}
-    if kind != "darts":
-        raise UserError(f"{path} is damaged, or of another kind of run: choose another --save")
-    if changed := [name for name in plain if flags.get(name) != plain[name]]:
+    checkpoint = checkpoints.load(path)
+    if checkpoint.get("kind") != "darts":
+        raise UserError(f"{path} is of another kind of run: choose another --save")
+    kept = checkpoint["args"]
+    if changed := [name for name in plain if kept.get(name) != plain[name]]:
         raise UserError(f"the search in {os.path.dirname(path)} was begun with another "
-                        f"--{changed[0]} ({flags.get(changed[0])}): choose another --save")
+                        f"--{changed[0]} ({kept.get(changed[0])}): choose another --save")
     return checkpoint
 
 
@@ -288,7 +288,6 @@ if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
     except utils.Diverged as error:
-        arguments.fail("darts.py", f"the loss is not finite in step {error} of an epoch: give a "
-                       "smaller --learning_rate")
-    except (ValueError, OSError) as error:
-        arguments.fail("darts.py", error)
+        flags.fail("darts.py", f"{error}: give a smaller --learning_rate")
+    except (UserError, OSError) as error:
+        flags.fail("darts.py", error)

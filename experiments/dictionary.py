@@ -29,11 +29,12 @@ same seed, so the same merits and, if m is the same, the same first b. The table
                (kept); how often one of the two leaves (leaves); how often that is the one that
                was to fall (loser). λ = 1e-4 λ_max where no other is named: λ_max = ‖Aᵀb‖∞ is the
                least at which z = 0. Codes with less than two nonzero entries are left out.
-    searches   Idealised searches. In %: where the merit of a node's last two pairs, their sum,
-               stands among all choices of two of its pairs (node); where the sum over eight
-               nodes, those of two cells, stands among 2,000 random choices (cells); the pairs of a
-               node that ever ran (ran); how often, when one of the two left, it was the one whose
-               |w| had fallen against the other's (loser).
+    searches   Idealised searches. In %: where the merit of a node's two pairs, their sum, stands
+               among all choices of two of its pairs, after the first recovery (first) and after
+               the last (last); where the last sum over eight nodes, those of two cells, stands
+               among 2,000 random choices (cells); the pairs of a node that ever ran (ran); how
+               often, when one of the two left, it was the one whose |w| had fallen against the
+               other's (loser).
     scale      The same for two distributions of the entries, with columns of the same norm.
     factors    The same with one thing changed at a time. With the loss `squares` merit is v², for
                at its least this loss is the sum of v² over the pairs that do not run.
@@ -127,7 +128,7 @@ def get_args_parser():
     parser.add_argument("--seed", type=flags.whole(0), default=0, metavar="N",
                         help="of every point")
     parser.add_argument("--out", type=flags.name, metavar="FILE.json",
-                        help="keep all numbers there, those of searches by epoch and by node")
+                        help="keep all numbers there, and the course of searches by epoch")
     parser.add_argument("--picture", type=flags.name, metavar="FILE.png",
                         help="draw the table searches by epoch")
     parser.show_defaults({})
@@ -290,7 +291,7 @@ def cell_percentiles(merits, supports, rng, draws=2000):
 
 
 def searches(setting, args):
-    """A row of the other tables; of what is not printed, the last axis is by node or by cell."""
+    """A row of the other tables, and of what is not printed the course by epoch and the end."""
     rng = np.random.default_rng(args.seed)
     merits = [rng.standard_normal(7 * (2 + k % 4)) for k in range(args.nodes)]
     b = 1e-3 * rng.standard_normal((args.nodes, setting.m))
@@ -300,10 +301,12 @@ def searches(setting, args):
     found = np.stack([percentiles(v, supports[:, k]) for k, v in enumerate(worth)], axis=1)
     cells = cell_percentiles(worth, supports[-1], rng)
     return {
-        "node": mean(found[-1]), "cells": mean(cells), "ran": mean(100 * ran[-1]),
-        "loser": mean(100 * lost), "node_by_epoch": found.round(1).tolist(),
-        "ran_by_epoch": (100 * ran).round(1).tolist(), "cells_at_end": cells.round(1).tolist(),
-        "norm_of_b": np.linalg.norm(b, axis=1).round(4).tolist(),
+        "first": mean(found[0]), "last": mean(found[-1]), "cells": mean(cells),
+        "ran": mean(100 * ran[-1]), "loser": mean(100 * lost),
+        "mean_by_epoch": found.mean(1).tolist(), "ran_by_epoch": (100 * ran.mean(1)).tolist(),
+        "quartiles_by_epoch": np.percentile(found, [25, 50, 75], axis=1).T.tolist(),
+        "nodes_at_end": found[-1].round(1).tolist(), "cells_at_end": cells.round(1).tolist(),
+        "norm_of_b_at_end": np.linalg.norm(b, axis=1).round(4).tolist(),
     }
 
 
@@ -322,18 +325,17 @@ def picture(rows):
         figure = Figure((6.9, 4), layout="constrained", dpi=200)
         *panels, last = figure.subplots(2, 3, sharex=True, sharey=True).flat
         for k, (axes, (name, row)) in enumerate(zip(panels, rows.items(), strict=True)):
-            nodes, ran = np.array(row["node_by_epoch"]), np.array(row["ran_by_epoch"])
-            low, high = np.percentile(nodes, [25, 75], axis=1)
+            low, _, high = np.transpose(row["quartiles_by_epoch"])
             axes.fill_between(range(len(low)), low, high, color=f"C{k}", alpha=0.2, linewidth=0)
             for other in rows.values():
-                axes.plot(np.mean(other["node_by_epoch"], axis=1), color="#AAAAAA", linewidth=0.5)
-            axes.plot(nodes.mean(1), color=f"C{k}")
+                axes.plot(other["mean_by_epoch"], color="#AAAAAA", linewidth=0.5)
+            axes.plot(row["mean_by_epoch"], color=f"C{k}")
             axes.axhline(50, color="black", linewidth=0.7, linestyle=":")
-            axes.set_title(f"{name}: {nodes[-1].mean():.0f} at the end")
-            last.plot(ran.mean(1), color=f"C{k}", label=name)
+            axes.set_title(f"{name}: {row['last'][0]:.0f} at the end")
+            last.plot(row["ran_by_epoch"], color=f"C{k}", label=name)
         last.set_title("pairs that ever ran, %")
-        last.legend(loc="upper left", ncols=2, fontsize=6)
-        last.set(xlim=(0, len(nodes) - 1), ylim=(0, 100))
+        last.legend(loc="upper left", ncols=2, fontsize=6, columnspacing=1, handlelength=1.2)
+        last.set(xlim=(0, len(low) - 1), ylim=(0, 100))
         figure.supxlabel("epoch", fontsize=7)
         figure.supylabel("percentile of a node's two pairs: mean, quartiles", fontsize=7)
     return figure

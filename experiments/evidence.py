@@ -1,7 +1,7 @@
 """Do searched cells beat random ones? Search, train and compare, with one recipe for all.
 
-    python benchmarks/evidence.py --save runs/evidence --dataset imagefolder --data DIR
-    python benchmarks/evidence.py --save runs/evidence        # go on, or show the result again
+    python experiments/evidence.py --save runs/evidence --dataset imagefolder --data DIR
+    python experiments/evidence.py --save runs/evidence        # go on, or show the result again
 
 For each search seed it runs search.py, and train.py on the cell that comes out; train.py on as many
 random cells (`--arch random:SEED`); and one-stage searches, whose cells it also trains from
@@ -12,12 +12,9 @@ started at will. The table goes to evidence.txt, its numbers to evidence.json, a
 evidence.png.
 
 `--distinct_edges` searches, and draws random cells, with two different input nodes for each node.
-`--variants every_step="--recover_every 1" small_m="--proj_dims 4"` adds searches with those flags,
-as groups of their own. Accuracies are those of the last epoch on the test images, which no search
-has seen.
+Accuracies are those of the last epoch on the test images, which no search has seen.
 """
 
-import argparse
 import functools
 import json
 import random
@@ -35,9 +32,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import arguments
+import data
 import genotypes
 import visualize
+from harness.flags import Parser, fail, name, whole
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,62 +47,54 @@ TRAIN = ("--init_channels 8 --layers 5 --batch_size 64 --learning_rate 0.0167 --
          "--no-auxiliary --no-cutout --drop_path_prob 0")
 ONE_STAGE = f"{TRAIN} --max_search_epochs 10"
 RANKABLE = 6  # cells: of fewer, a rank correlation says nothing
-DATA = {"dataset": "digits", "data": "data", "image_size": 32}
 
 
 def get_args_parser():
-    parser = arguments.Parser(prog="evidence.py", description=__doc__)
-    parser.add_argument("--save", required=True, metavar="DIR", help="folder of all runs")
-    count, whole = arguments.whole(0), arguments.whole(1)
-    for name, kind, default, help in (
-        ("searches", count, 8, "search seeds"),
-        ("random", count, 8, "random cells"),
-        ("one_stage", count, 1, "seeds of one-stage searches"),
-        ("variant_searches", count, 3, "search seeds of each variant"),
-        ("search_flags", str, SEARCH, "of every two-stage search"),
-        ("train_flags", str, TRAIN, "of every training"),
-        ("one_stage_flags", str, ONE_STAGE, "of every one-stage search"),
-        *((name, str, default, "as in search.py") for name, default in DATA.items()),
-        ("jobs", whole, 1, "runs at a time"),
+    parser = Parser("evidence.py", __doc__)
+    parser.usage = "evidence.py --save DIR [flags]"
+    for flag, kind, default, metavar, help in (
+        ("save", name, None, "DIR", "folder of all runs"),
+        ("searches", whole(0), 8, "N", "search seeds"),
+        ("random", whole(0), 8, "N", "random cells"),
+        ("one_stage", whole(0), 1, "N", "seeds of one-stage searches"),
+        ("search_flags", str, SEARCH, "FLAGS", "of search.py in every two-stage search"),
+        ("train_flags", str, TRAIN, "FLAGS", "of train.py in every training"),
+        ("one_stage_flags", str, ONE_STAGE, "FLAGS", "of search.py in every one-stage search"),
+        ("data", name, "data", "DIR", "folder of the data set"),
+        ("image_size", whole(4), 32, "PIXELS", "width and height that images are resized to"),
+        ("jobs", whole(1), 1, "N", "runs at a time"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X",
-                            help=f"{help} (%(default)s)")
-    parser.add_argument("--variants", nargs="+", default=[], type=variant, metavar="NAME=FLAGS",
-                        help="further searches, with these flags as well")
+        parser.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=help,
+                            required=flag == "save")
+    parser.add_argument("--dataset", default="digits", choices=[*data.DATASETS], metavar="NAME",
+                        help=f"one of {', '.join(data.DATASETS)}")
+    parser.add_argument("--images", type=whole(1), nargs=2, metavar=("TRAIN", "TEST"),
+                        help="use so many images of --dataset imagefolder, the same of each class")
     parser.add_argument("--distinct_edges", action="store_true", default=False,
                         help="searches and random cells have at most one pair an edge")
-    parser.add_argument("--images", type=whole, nargs=2, metavar=("TRAIN", "TEST"),
-                        help="use so many images of an image folder, the same of each class")
+    parser.show_defaults({})
     return parser
 
 
-# What may be given anew when an experiment goes on.
-FREE = {"searches", "random", "one_stage", "variants", "variant_searches", "jobs", "save"}
+FREE = {"searches", "random", "one_stage", "jobs", "save"}  # given anew when it goes on
 
 
 def recall(args):
     """The flags of an experiment that goes on, or those of a new one, which are kept."""
     path = args.save / "flags.json"
-    if not path.exists() and any(args.save.iterdir()):
-        raise ValueError(f"--save {args.save} holds something else: give another folder")
-    flags = {k: v for k, v in vars(args).items() if k not in FREE | {"typed"}}
     if not path.exists():
-        path.write_text(json.dumps(flags, indent=1))
+        if any(args.save.iterdir()):
+            raise UserError(f"--save {args.save} holds something else: give another folder")
+        kept = {k: v for k, v in vars(args).items() if k not in FREE | {"typed"}}
+        path.write_text(json.dumps(kept, indent=1))
         return
     kept = json.loads(path.read_text())
-    for name in args.typed:
-        if name not in FREE and kept.get(name) != flags[name]:  # a flag may be newer than the file
-            raise ValueError(f"--{name} {flags[name]} contradicts {path}, which has "
-                             f"{kept.get(name)}: "
-                             "leave it out, or give another --save")
+    for flag in {*args.typed} - FREE:
+        value = getattr(args, flag)
+        if kept.get(flag) != value:
+            raise UserError(f"--{flag} {value} contradicts {path}, which has {kept.get(flag)}: "
+                            "leave it out, or give another --save")
     vars(args).update(kept)
-
-
-def variant(text):
-    name, equals, flags = text.partition("=")
-    if not equals or not name.isidentifier() or name in ("random", "searched", "one_stage"):
-        raise argparse.ArgumentTypeError(f'give NAME="FLAGS", not {text!r}')
-    return name, flags
 
 
 # ------------------------------------------------------------------------------------------------
@@ -119,8 +110,6 @@ def cells(args):
         ("searched", args.searches, args.search_flags + rule),
         ("one_stage", args.one_stage, f"--one_stage {args.one_stage_flags}{rule}"),
     ]
-    for name, flags in args.variants:
-        groups.append((name, args.variant_searches, f"{args.search_flags}{rule} {flags}"))
     for seed in range(max(count for _, count, _ in groups)):  # by turns
         yield from ((group, seed, flags) for group, count, flags in groups if seed < count)
 
@@ -134,7 +123,7 @@ def architecture(cell, args):
 
 
 def work_out(cell, args):
-    """Search a cell where it is to be searched, and train it."""
+    """Search a cell, unless it is random, and train it."""
     group, seed, search_flags = cell
     arch = architecture(cell, args)
     if search_flags is not None:
@@ -157,7 +146,7 @@ def finish(script, run, flags, args):
     print(shlex.join(command), flush=True)
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if ended.returncode:
-        raise ChildProcessError(f"{run.name} failed: {ended.stderr.strip() or ended.returncode}")
+        raise UserError(f"{run.name} failed: {ended.stderr.strip() or ended.returncode}")
     (run / "finished").touch()
 
 
@@ -193,14 +182,14 @@ def result(cell, args):
                parameters=last["parameters"], multiply_adds=last["multiply_adds"],
                genotype=genotypes.as_lists(genotype))
     if search_flags is not None:
-        search = visualize.read_run(arch)
-        held_out = "test" if search.one_stage else "valid"
+        epochs = visualize.read_run(arch).metrics
+        held_out = "test" if group == "one_stage" else "valid"
         row |= dict(
-            supernet=search.metrics[-1][f"{held_out}_accuracy"],
-            changed=[epoch["changed"] for epoch in search.metrics],
+            supernet=epochs[-1][f"{held_out}_accuracy"],
+            changed=[epoch["changed"] for epoch in epochs],
             skips=sum(op == "skip_connect" for op, _ in genotype.normal),
         )
-        if search.one_stage:
+        if group == "one_stage":
             network = torch.load(Path(arch) / "network.pt", map_location="cpu", weights_only=True)
             row["absorbed"] = network["about"]["test_accuracy"]
     return row
@@ -334,5 +323,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
-    except (ValueError, OSError) as error:
-        arguments.fail("evidence.py", error)
+    except (UserError, OSError) as error:
+        fail("evidence.py", error)

@@ -1,7 +1,7 @@
 """Score cells with NAS-Bench-301: the accuracy on CIFAR-10 that its surrogate model predicts.
 
-    python benchmarks/nasbench301.py --model M.onnx --encoding E.json ISTA_twostage random:3
-    python benchmarks/nasbench301.py --model M.onnx --encoding E.json runs/A runs/B -o scores.png
+    python experiments/nasbench301.py --model M.onnx --encoding E.json ISTA_twostage random:3
+    python experiments/nasbench301.py --model M.onnx --encoding E.json runs/A runs/B -o scores.png
 
 A genotype (a name, a file, random:SEED:distinct, a text) gets a line; of a search run every epoch
 is scored, and -o draws the percentiles of the runs over their epochs, with the genotypes beside
@@ -23,10 +23,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import arguments
 import genotypes
 import visualize
-from genotypes import NODES
+from genotypes import NODES, by_node
+from harness import flags
 from utils import UserError
 
 RANDOM_CELLS = 2000
@@ -42,15 +42,23 @@ ABSENT = "#na#"
 
 
 def get_args_parser():
-    parser = arguments.Parser(prog="nasbench301.py", description=__doc__)
-    parser.add_argument("what", nargs="+", metavar="RUN|GENOTYPE", help="folders of searches, and "
-                        "genotypes as train.py --arch takes them")
-    parser.add_argument("--model", required=True, metavar="FILE", help="the surrogate (.onnx)")
-    parser.add_argument("--encoding", required=True, metavar="FILE",
+    parser = flags.Parser("nasbench301.py", __doc__, check=check)
+    parser.usage = "nasbench301.py --model FILE --encoding FILE [-o FILE] RUN|GENOTYPE ..."
+    parser.add_argument("what", nargs="+", metavar="RUN|GENOTYPE", help="folders of searches; "
+                        "published names, random:SEED:distinct, genotype.json files, texts "
+                        "'Genotype(...)'")
+    parser.add_argument("--model", required=True, type=flags.name, metavar="FILE",
+                        help="the surrogate (.onnx)")
+    parser.add_argument("--encoding", required=True, type=flags.name, metavar="FILE",
                         help="the number of each of its categorical values (.json)")
-    parser.add_argument("-o", "--output", metavar="FILE",
+    parser.add_argument("-o", "--output", type=flags.name, metavar="FILE",
                         help="a picture of the runs' percentiles (.png, .svg or .pdf)")
     return parser
+
+
+def check(args):
+    flags.check_file("--model", args.model)
+    flags.check_file("--encoding", args.encoding)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -59,23 +67,11 @@ def get_args_parser():
 
 
 def describe(genotype):
-    """A genotype in the terms of NAS-Bench-301.
+    """A genotype in the terms of NAS-Bench-301: a dict of texts; UserError if it has no such form.
 
-    Parameters
-    ----------
-    genotype : genotypes.Genotype
-
-    Returns
-    -------
-    dict of str
-        `edge_normal_0` to `edge_reduce_13`: the operation of each edge in use; the edges into a
-        node follow those into the nodes before it, ordered by input node.
-        `inputs_node_normal_3` to `inputs_node_reduce_5`: the input nodes, as "0_2".
-
-    Raises
-    ------
-    UserError
-        If the genotype has no such form; says why.
+    `edge_normal_0` to `edge_reduce_13` are the operations of the edges in use; the edges into a
+    node follow those into the nodes before it, ordered by input node. `inputs_node_normal_3` to
+    `inputs_node_reduce_5` are the input nodes, as "0_2".
     """
     if len(genotype.normal) != 2 * NODES:
         raise UserError(f"{len(genotype.normal) // NODES} pairs a node, not 2")
@@ -86,8 +82,7 @@ def describe(genotype):
         if sorted(getattr(genotype, f"{cell}_concat")) != list(range(2, 2 + NODES)):
             raise UserError("not all nodes are concatenated")
         first_edge = 0
-        for node in range(2, 2 + NODES):
-            pairs = getattr(genotype, cell)[2 * (node - 2) : 2 * (node - 1)]
+        for node, pairs in enumerate(by_node(getattr(genotype, cell)), 2):
             values |= {f"edge_{cell}_{first_edge + source}": name for name, source in pairs}
             if node in CHOOSING:
                 low, high = sorted(source for _, source in pairs)
@@ -114,15 +109,7 @@ class Surrogate:
         except ImportError:
             raise UserError("this needs onnxruntime: pip install onnxruntime") from None
         self.codes = read_encoding(encoding)
-        if not os.path.isfile(model):
-            raise UserError(f"--model {model}: there is no such file")
-        try:
-            self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has a class for each of a dozen kinds of damage
-            raise UserError(f"--model {model}: not a model that onnxruntime can read "
-                            f"({type(error).__name__})") from None
-        if {node.name for node in self.session.get_inputs()} != {"x_cat", "x_cont"}:
-            raise UserError(f"--model {model}: not the surrogate of NAS-Bench-301")
+        self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         self.random = np.array([
             self.accuracy(genotypes.draw(seed, distinct_edges=True)) for seed in range(RANDOM_CELLS)
         ])
@@ -154,14 +141,9 @@ class Surrogate:
 
 def read_encoding(path):
     """The dict from values to numbers of each of `COLUMNS`."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            encoding = json.load(file)
-        return [dict(encoding[PREFIX + name]) for name in COLUMNS]
-    except OSError as error:
-        raise UserError(f"--encoding {path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"--encoding {path}: not the encoding of NAS-Bench-301") from None
+    with open(path, encoding="utf-8") as file:
+        encoding = json.load(file)
+    return [encoding[PREFIX + name] for name in COLUMNS]
 
 
 def percentile(value, sample):
@@ -176,33 +158,13 @@ def percentile(value, sample):
 
 
 def read_search(path):
-    """The genotype of each epoch of a search.
-
-    Parameters
-    ----------
-    path : str
-        The run's folder, whose genotypes.jsonl is read. A last line that is still being written
-        is left out.
-
-    Returns
-    -------
-    dict of Genotype
-        By epoch.
-    """
+    """The genotype of each epoch of a search, by epoch, from the folder of its run."""
     found = {}
-    name = os.path.join(path, "genotypes.jsonl")
-    try:
-        with open(name, encoding="utf-8") as file:
-            lines = file.readlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} cannot be read: {error}") from None
-    for line in lines:
-        if line.endswith("\n"):
-            try:
+    with open(os.path.join(path, "genotypes.jsonl"), encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # the last one may still be on its way to the disk
                 row = json.loads(line)
-                found[int(row["epoch"])] = genotypes.from_lists(row)
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{name} is damaged") from None
+                found[row["epoch"]] = genotypes.from_lists(row)
     if not found:
         raise UserError(f"{path}: no epoch has ended yet")
     return found
@@ -243,16 +205,8 @@ def run_table(runs):
 def figure(runs, references):
     """Draw percentile against epoch.
 
-    Parameters
-    ----------
-    runs : dict
-        Of each path the scores of `score_search`.
-    references : dict of float
-        Percentiles of single genotypes, by name; horizontal lines.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    `runs` are, of each path, the scores of `score_search`; `references` the percentiles of single
+    genotypes, by name, drawn as horizontal lines.
     """
     drawn = visualize.new_figure(visualize.WIDTH, 2.8, layout="constrained")
     axes = drawn.subplots()
@@ -274,10 +228,18 @@ def figure(runs, references):
     return drawn
 
 
+def load(what):
+    """`genotypes.load`, what is wrong with it as one line."""
+    try:
+        return genotypes.load(what)[0]
+    except ValueError as error:
+        raise UserError(error) from None
+
+
 def main(args):
     paths = [what for what in args.what if os.path.exists(os.path.join(what, "genotypes.jsonl"))]
     searches = {path: read_search(path) for path in paths}
-    loaded = {what: genotypes.load(what)[0] for what in args.what if what not in searches}
+    loaded = {what: load(what) for what in args.what if what not in searches}
     # A text is too long for a table: its published name, or a hash.
     cells = {visualize.genotype_name(genotype) if "(" in what else what: genotype
              for what, genotype in loaded.items()}
@@ -312,5 +274,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
-    except (ValueError, OSError) as error:
-        arguments.fail("nasbench301.py", error)
+    except (UserError, OSError) as error:
+        flags.fail("nasbench301.py", error)

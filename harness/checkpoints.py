@@ -9,6 +9,7 @@ import io
 import os
 import random
 import shutil
+import textwrap
 import zipfile
 
 import numpy as np
@@ -70,9 +71,11 @@ def _load_whole(path):
 def load_run(path, kind):
     """Read the checkpoint of a run of a kind, "search" or "train"; UserError if it is none."""
     state = load(path)
-    if not isinstance(state, dict) or state.get("kind") != kind:
-        raise UserError(f"{path} is not a checkpoint of a {kind} run; search.py resumes searches, "
-                        "and train.py trainings")
+    found = state.get("kind") if isinstance(state, dict) else None
+    if found not in ("search", "train"):  # a network.pt, say
+        raise UserError(f"{path} is not the checkpoint of a run: give the folder of the run")
+    if found != kind:
+        raise UserError(f"{path} is the checkpoint of a {found} run, which {found}.py resumes")
     if kind == "search" and state["primitives"] != genotypes.PRIMITIVES:  # pools would swap
         raise UserError(
             f"{path} is of a search among other operations than genotypes.PRIMITIVES lists now, or "
@@ -203,7 +206,7 @@ def load_weights(net, weights, path):
     try:
         net.load_state_dict({**heads, **weights})
     except RuntimeError as error:
-        what = " ".join(str(error).splitlines()[1:2]).strip()
+        what = textwrap.shorten("".join(str(error).splitlines()[1:2]), 200, placeholder=" ...")
         raise UserError(
             f"{path} does not fit the network: {what}; give the --arch that it was trained with, "
             "and --one_stage or --no-one_stage"

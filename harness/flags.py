@@ -212,8 +212,8 @@ def add_shared(parser, datasets):
     group.add_argument(
         "--device", type=name, help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     parser.switch(group, "amp", "compute in bfloat16 where that is safe", default=False)
-    parser.switch(group, "cuda_graphs", "record steps as CUDA graphs, and replay them",
-                  default=False)
+    parser.switch(group, "cuda_graphs", "record steps as CUDA graphs, and replay them (default: on "
+                  "a CUDA device, with a single rank and recoveries at the end of epochs)")
     group.add_argument(
         "--report_freq", type=whole(1), default=50, metavar="STEPS",
         help="steps between two lines of progress")

@@ -18,6 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -185,11 +186,11 @@ class Run:
         else:
             self.log(f"new run in {self.path}")
         for text in kept:
-            self.log(text)
+            self.log(text, whole=True)
         self._keep_sources()
         self.columns = {"epoch": "{name}", **columns, "GiB": "{peak_memory_gib:.2f}",
                         "time": "{time}", "left": "{left}"}
-        self.log(table_row(self.columns, self.columns))
+        self.log(table_row(self.columns, self.columns), whole=True)
 
     def _make_folder(self):
         args = self.args
@@ -239,7 +240,8 @@ class Run:
     def _keep_sources(self):
         """Note the start, and keep a copy of the sources where they are not those of before."""
         git = ["git", "-C", str(SOURCES), "describe", "--always", "--dirty", "--abbrev=40"]
-        with contextlib.suppress(OSError):
+        commit = None
+        with contextlib.suppress(OSError):  # git is not installed
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         self.append("starts.jsonl", dict(
             time=datetime.datetime.now().isoformat(timespec="seconds"), typed=sys.argv,
@@ -277,8 +279,17 @@ class Run:
     # --------------------------------------------------------------------------------------------
 
     @rank_zero_only
-    def log(self, text):
-        """Print a text, and append it to log.txt; before `begin`, keep it until then."""
+    def log(self, text, whole=False):
+        """Print a text, and append it to log.txt; before `begin`, keep it until then.
+
+        Lines of more than 100 columns are broken, unless they are to be copied `whole`.
+        """
+        if not whole:
+            text = "\n".join(
+                textwrap.fill(line, 100, subsequent_indent="    ", break_long_words=False,
+                              break_on_hyphens=False)
+                for line in text.splitlines()
+            )
         if self.path is None:
             self.kept.append(text)
             return
@@ -346,10 +357,10 @@ class Run:
         try:
             yield row
         except Diverged as error:
+            rates = "--learning_rate" + ", --arch_learning_rate" * (self.kind == "search")
             raise UserError(
                 f"epoch {name}: {error} at learning rate {row['learning_rate']:.4g}; try a smaller "
-                "--learning_rate, --arch_learning_rate or --grad_clip in a new run; "
-                f"{self.how_to_resume()}"
+                f"{rates} or --grad_clip in a new run; {self.how_to_resume()}"
             ) from None
         finally:
             self.progress.close()
@@ -358,7 +369,7 @@ class Run:
         left = ">" * is_least + duration(seconds * epochs_left)
         shown = {**row, "name": name, "time": duration(seconds), "left": left}
         texts = [cell(text, shown) for text in self.columns.values()]
-        self.log(table_row(texts, self.columns))
+        self.log(table_row(texts, self.columns), whole=True)
         self.append("metrics.jsonl", row)
         self._show(row)
 

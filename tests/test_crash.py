@@ -15,11 +15,12 @@ from scripts import (
     assert_same_run,
     await_checkpoint,
     killed_in,
+    rows,
     run,
     saved,
 )
 
-import runs
+from harness import runs
 
 LOOPS = {
     "two-stage": [*TWO_STAGE, "--epochs", 6],
@@ -185,10 +186,10 @@ def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
     assert (tmp_path / "run/log.txt").read_text() == process.stdout
 
 
-@pytest.mark.parametrize("phase", ["searching", "architecture fixed"])
+@pytest.mark.parametrize("phase", ["searching", "training"])
 def test_one_stage_search_resumes_in_either_phase(whole, tmp_path, phase):
     path, _ = whole("one-stage")
-    searching = sum('"frozen"' in line for line in (path / "metrics.jsonl").open())
+    searching = sum(row["phase"] == "searching" for row in rows(path / "metrics.jsonl"))
     meddle = tmp_path / "meddle.py"
     meddle.write_text(killed_in(2 if phase == "searching" else searching + 2))
     script, *flags = LOOPS["one-stage"]

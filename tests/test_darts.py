@@ -1,12 +1,11 @@
-"""benchmarks/darts.py: what an edge and a node compute, what is derived, and a search's folder."""
+"""experiments/darts.py: what an edge and a node compute, what is derived, and a search's folder."""
 
-import json
 import sys
 from copy import deepcopy
 
 import pytest
 import torch
-from scripts import ROOT
+from scripts import ROOT, rows
 
 import data
 import fast
@@ -15,7 +14,7 @@ import utils
 from genotypes import PRIMITIVES
 from utils import UserError
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "experiments"))
 
 import darts
 import nasbench301
@@ -94,17 +93,17 @@ def test_alpha_and_the_weights_move_in_turn():
     weights = torch.optim.SGD(net.weight_parameters(), 0.1)
     arch = torch.optim.Adam(net.arch_parameters(), 0.1)
 
-    def changes(optimizer_of_alpha):
+    def changes(arch_moves):
         before = [p.clone() for p in (net.alpha[0], net.classifier.weight)]
-        darts.train(net, batches, batches, weights, optimizer_of_alpha)
+        darts.train(net, batches, batches, weights, arch, arch_moves)
         after = (net.alpha[0], net.classifier.weight)
         return [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
 
-    assert changes(None) == [False, True]
-    assert changes(arch) == [True, True]
+    assert changes(False) == [False, True]
+    assert changes(True) == [True, True]
     net.zero_grad()
     x, y = next(iter(batches))
-    darts.step(net, x, y, arch, net.arch_parameters(), net.weight_parameters())
+    darts.step(net, x, y, arch, held=weights)
     assert all(p.grad is None for p in net.weight_parameters())  # and so do not move
     assert all(p.grad is not None for p in net.arch_parameters())
 
@@ -136,11 +135,7 @@ def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, m
     with pytest.raises(UserError, match="begun with another --seed"):
         call(tmp_path / "halves", "--seed", "3")
 
-    whole, halves = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "halves"))
-    for row in (*whole, *halves):
-        assert row.pop("seconds") > 0 and row.pop("peak_memory_gib") > 0
+    whole, halves = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
     assert len(whole) == 2 and whole == halves
     search = nasbench301.read_search(tmp_path / "halves")
     assert search == nasbench301.read_search(tmp_path / "whole") and list(search) == [1, 2]
@@ -148,12 +143,10 @@ def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, m
     assert f"genotype = {search[2]}" in capsys.readouterr().out
 
 
-def test_what_it_refuses(tmp_path):
+def test_what_it_refuses(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="choose another folder"):
         call(tmp_path)
-    with pytest.raises(UserError, match="multiple of --partial"):
+    with pytest.raises(SystemExit, match="2"):
         call(tmp_path / "new", "--partial", "3")
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK")
-    with pytest.raises(UserError, match="damaged"):
-        call(tmp_path)
+    assert "multiple of --partial" in capsys.readouterr().err

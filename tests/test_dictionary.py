@@ -113,7 +113,8 @@ def test_the_script(tmp_path, capsys):
     for table, rows in list(dictionary.settings().items())[:2]:
         assert f"\n{table} " in f"\n{text}" and [*numbers[table]] == [*rows]
         assert all(f"\n{name} " in text for name in rows)
-    assert np.shape(numbers["searches"]["uniform"]["node_by_epoch"]) == (3, 16)
+    assert np.shape(numbers["searches"]["uniform"]["quartiles_by_epoch"]) == (3, 3)
+    assert len(numbers["searches"]["uniform"]["nodes_at_end"]) == 16
     assert picture.read_bytes().startswith(b"\x89PNG")
     for wrong in (["--nodes", "20"], ["--tables", "keeps", "--picture", "x.png"], ["--out", "a/b"]):
         with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""benchmarks/evidence.py: its statistics, and a small experiment that is stopped and goes on."""
+"""experiments/evidence.py: its statistics, and a small experiment that is stopped and goes on."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from scipy import stats
 from scripts import ENVIRONMENT, ROOT, Process, await_checkpoint, killed_in
 
 import genotypes
+from utils import UserError
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "experiments"))
 
 import evidence
 
 SIZES = "--init_channels 2 --layers 3 --batch_size 240"
 FLAGS = [
     "--image_size", "8", "--random", "2", "--searches", "1", "--one_stage", "0",
-    "--variants", "often=--recover_every 2 --epochs 1", "--variant_searches", "1",
     "--search_flags", f"{SIZES} --epochs 2",
     "--train_flags", f"{SIZES} --epochs 1 --no-auxiliary --no-cutout",
 ]
@@ -51,7 +51,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_an_experiment_goes_on_where_it_was_stopped_and_ends_in_a_table(tmp_path, commands, capsys):
-    with pytest.raises(ChildProcessError, match="search-searched-0 failed: -9"):
+    with pytest.raises(UserError, match="search-searched-0 failed: -9"):
         main(tmp_path)
     assert (tmp_path / "out/train-random-0/finished").exists()
     commands.clear()
@@ -60,28 +60,27 @@ def test_an_experiment_goes_on_where_it_was_stopped_and_ends_in_a_table(tmp_path
     assert not any("train-random-0" in command for command in commands)
     cells = json.loads((tmp_path / "out/evidence.json").read_text())["cells"]
     assert [(c["group"], c["seed"]) for c in cells] == [
-        ("random", 0), ("searched", 0), ("often", 0), ("random", 1)
+        ("random", 0), ("searched", 0), ("random", 1)
     ]
     for cell in cells:
         log = (tmp_path / f"out/train-{cell['group']}-{cell['seed']}/log.txt").read_text()
         accuracy = cell["accuracy"]
-        assert (f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} % after the last epoch"
-                in log)
+        assert f"error {100 - accuracy:.2f} % after the last epoch" in log
         assert f"network: {cell['parameters'] / 1e6:.4f} M parameters" in log
         assert f"genotype = {genotypes.from_lists(cell['genotype'])}" in log
-    assert len(cells[1]["changed"]) == 2 and len(cells[2]["changed"]) == 1
+    assert len(cells[1]["changed"]) == 2
     assert (tmp_path / "out/evidence.png").exists()
     assert (tmp_path / "out/evidence.txt").read_text() in capsys.readouterr().out
 
     flags = json.loads((tmp_path / "out/flags.json").read_text())
-    assert flags["image_size"] == "8" and flags["search_flags"] == f"{SIZES} --epochs 2"
-    with pytest.raises(ValueError, match="contradicts"):
+    assert flags["image_size"] == 8 and flags["search_flags"] == f"{SIZES} --epochs 2"
+    with pytest.raises(UserError, match="contradicts"):
         main(tmp_path, "--train_flags", SIZES)
 
 
 @pytest.mark.crash
 def test_a_killed_experiment_goes_on(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/evidence.py", "--save", "out", *FLAGS]
+    command = [sys.executable, ROOT / "experiments/evidence.py", "--save", "out", *FLAGS]
     first = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True)
     await_checkpoint(tmp_path / "out/search-searched-0")
     os.killpg(first.pid, signal.SIGKILL)
@@ -98,11 +97,11 @@ def parse(*flags):
 
 
 def test_distinct_edges_hold_for_every_group():
-    args = parse("--distinct_edges", "--variants", "often=--recover_every 1", "--one_stage", "1")
+    args = parse("--distinct_edges")
     args.save = Path(args.save)
     groups = {group: (group, seed, flags) for group, seed, flags in evidence.cells(args)}
     assert evidence.architecture(groups["random"], args) == "random:7:distinct"
-    for group in ("searched", "one_stage", "often"):
+    for group in ("searched", "one_stage"):
         assert "--distinct_edges" in groups[group][2].split()
     args.distinct_edges = False
     assert evidence.architecture(groups["random"], args) == "random:7"
@@ -125,9 +124,9 @@ def test_what_is_known_of_a_one_stage_cell(tmp_path):
         (training, dict(epoch=1, test_accuracy=80.0, parameters=5, multiply_adds=6)),
     ):
         folder.mkdir()
+        (folder / "config.json").write_text("{}")
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     genotype = genotypes.as_lists(genotypes.ISTA_onestage)
-    (search / "config.json").write_text('{"one_stage": true}')
     (search / "genotypes.jsonl").write_text(json.dumps({"epoch": 1, **genotype}) + "\n")
     genotypes.save(search / "genotype.json", genotypes.ISTA_onestage, True)
     torch.save({"about": {"epoch": 1, "test_accuracy": 62.5}}, search / "network.pt")
@@ -185,13 +184,6 @@ def test_the_interval_tells_a_large_effect_from_none(effect):
 
 def test_the_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "log.txt").touch()
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(UserError, match="something else"):
         evidence.main(evidence.get_args_parser().parse_args(["--save", str(tmp_path)]))
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
-
-
-@pytest.mark.parametrize("text", ["often", "random=--lam 1", "a b=--lam 1", "=--lam 1"])
-def test_a_variant_needs_a_name_and_flags(text, capsys):
-    with pytest.raises(SystemExit) as ended:
-        evidence.get_args_parser().parse_args(["--save", "out", "--variants", text])
-    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -140,7 +140,7 @@ def test_an_older_file_is_replaced_only_by_a_right_one(place, programs, tmp_path
     assert re.fullmatch(r"export.py: error: .* by onnxruntime and by torch .*\n", done.stderr)
     assert (tmp_path / "net.onnx").read_text() == "older"
     done = run("tools/export.py", *flags, place / "one_stage/network.pt", cwd=tmp_path)
-    assert done.stdout.startswith("net.onnx: 0.1 MB, takes images, uint8 (N, 3, 8, 8), and gives")
+    assert "takes images, uint8 (N, 3, 8, 8), and gives logits (N, 10)" in done.stdout
     content = (tmp_path / "net.onnx").read_bytes()
     assert content == (place / "one_stage/network.onnx").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"net.onnx", "other.pt"}

@@ -1,16 +1,20 @@
 """Reading, writing and drawing genotypes."""
 
 import json
-import string
+import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scripts import ROOT
 
 import genotypes
 from genotypes import NODES, PRIMITIVES, Genotype
-from utils import UserError
+
+GOOD = str(genotypes.ISTA_twostage)
 
 
 @st.composite
@@ -33,6 +37,11 @@ def equal(a, b):
     return genotypes.as_lists(a) == genotypes.as_lists(b)
 
 
+def test_the_import_brings_no_torch():
+    code = "import sys, genotypes; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("name, one_stage", [
     ("ISTA_twostage", False), ("ISTA_onestage", True), ("ISTA_ImageNet", False),
 ])
@@ -43,11 +52,12 @@ def test_published_names(name, one_stage):
 @given(genotype=cells(), one_stage=st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_a_file_gives_back_what_was_saved(tmp_path_factory, genotype, one_stage):
-    path = tmp_path_factory.mktemp("g") / "genotype.json"
-    genotypes.save(path, genotype, one_stage, seed=3, note="é")
-    loaded, flag = genotypes.load(path)
-    assert equal(loaded, genotype) and flag is one_stage
-    record = json.loads(path.read_text())
+    folder = tmp_path_factory.mktemp("g")
+    genotypes.save(folder / "genotype.json", genotype, one_stage, seed=3, note="é")
+    for path in (folder / "genotype.json", folder, str(folder)):
+        loaded, flag = genotypes.load(path)
+        assert equal(loaded, genotype) and flag is one_stage
+    record = json.loads((folder / "genotype.json").read_text())
     assert record["about"] == {"seed": 3, "note": "é"}
     assert record["normal"] == [list(pair) for pair in genotype.normal]
 
@@ -59,21 +69,26 @@ def test_printed_text_gives_back_the_genotype(genotype):
     assert equal(genotypes.load(line)[0], genotype)
 
 
-@pytest.mark.parametrize("number", ["np.int64({})", "numpy.int64({})", "int64({})"])
+@pytest.mark.parametrize("number", [r"np.int64(\1)", r"numpy.int64(\1)", r"int64(\1)"])
 def test_numpy_numbers_in_a_text(number):
-    text = str(genotypes.ISTA_onestage)
-    for k in range(6):
-        text = text.replace(f", {k})", f", {number.format(k)})")
-    assert number.split("(")[0] in text
-    # range(2, 6) is left as it was printed: the loop only meets indices behind a comma.
-    text = text.replace(f"range(2, {number.format(6)}", "range(2, 6)")
-    assert genotypes.load(text)[0] == genotypes.ISTA_onestage
+    text = re.sub(r"(\d)(?=\),)", number, GOOD)
+    assert text.count("int64") == 14
+    assert genotypes.load(text)[0] == genotypes.ISTA_twostage
 
 
 def test_the_order_of_the_pairs_is_kept():
     # Parameters of a network are numbered in this order, so sorting would misplace weights.
-    assert genotypes.load(str(genotypes.ISTA_twostage))[0].normal[4:6] == [
-        ("dil_conv_3x3", 1), ("sep_conv_3x3", 0),
+    assert genotypes.load(GOOD)[0].normal[4:6] == [("dil_conv_3x3", 1), ("sep_conv_3x3", 0)]
+
+
+def test_what_moved_is_told_pair_by_pair():
+    before = genotypes.ISTA_twostage
+    pairs = [("sep_conv_3x3", 1), before.normal[1], *before.normal[2:7], ("skip_connect", 4)]
+    after = before._replace(normal=pairs)
+    assert genotypes.moved(before, before) == []
+    assert genotypes.moved(before, after) == [
+        "normal node 0: skip_connect of c_{k-2} → sep_conv_3x3 of c_{k-1}",
+        "normal node 3: skip_connect of c_{k-2} → skip_connect of node 2",
     ]
 
 
@@ -81,51 +96,39 @@ def test_the_order_of_the_pairs_is_kept():
 # What is not a genotype
 # ------------------------------------------------------------------------------------------------
 
-GOOD = str(genotypes.ISTA_twostage)
-
 
 @pytest.mark.parametrize("text, says", [
     ("no_such_name", "unknown genotype"),
     ("random:", "random:SEED"),
-    ("random:x", "random:SEED"),
     ("random:-1", "random:SEED"),
     ("random:٣", "random:SEED"),
-    ("random:3:", "random:SEED:distinct"),
     ("random:3:other", "random:SEED:distinct"),
     ("random:" + "9" * 5000, "random:SEED"),
-    ("Genotype(", "malformed"),
-    ("Genotype()", "must give"),
+    ("Genotype()", "does not give normal"),
     (GOOD[:-5], "malformed"),
     (GOOD.replace("skip_connect", "none"), "no operation 'none'"),
     (GOOD.replace("'skip_connect', 0", "'skip_connect', 2"), "node 2 cannot take its input"),
-    (GOOD.replace("'skip_connect', 0", "'skip_connect', -1"), "malformed"),
+    (GOOD.replace("'skip_connect', 0", "'skip_connect', -1"), "cannot take"),
     (GOOD.replace("'skip_connect', 0", "'skip_connect', True"), "cannot take"),
-    (GOOD.replace("'skip_connect', 0", "'skip_connect', 0.0"), "malformed"),
     (GOOD.replace("('skip_connect', 0), ", "", 1), "as many pairs"),
-    (GOOD.replace("range(2, 6)", "range(2, 7)"), "malformed"),
-    (GOOD.replace("range(2, 6)", "[]"), "must list nodes"),
+    (GOOD.replace("range(2, 6)", "range(2, 7)"), "nodes of 2 to 5"),
     (GOOD.replace("range(2, 6)", "[2, 2]"), "each once"),
-    (GOOD.replace("normal_concat", "normal_concat=range(2, 6), normal_concat"), "each once"),
-    (GOOD.replace("normal_concat", "concat"), "must give"),
-    ("Genotype(normal=__import__('os').getcwd(), normal_concat=1, reduce=1, reduce_concat=1)",
-     "malformed"),
-    ("x" * 300_000 + "Genotype(" + "[" * 200_000 + ")", "too long"),
-    ("Genotype(" + "[" * 5_000 + ")", "malformed"),
+    (GOOD.replace("range(2, 6)", "4"), "nodes of 2 to 5"),
+    (GOOD.replace("normal_concat", "concat"), "does not give normal_concat"),
+    ("x" * 300_000 + "Genotype(" + "[" * 200_000 + ")", "malformed"),
     ("Genotype(" + "-" * 50_000 + "1)", "malformed"),
-])
+], ids=lambda text: text[:40])
 def test_what_is_wrong_is_said_in_a_line(text, says):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ValueError) as error:
         genotypes.load(text)
     message = str(error.value)
     assert says in message and "\n" not in message and len(message) < 400
 
 
 @pytest.mark.parametrize("content", [
-    "", "{", "[]", "null", "3", '{"normal": []}', "\x00\x01", "[" * 100_000,
-    json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "one_stage": "no"}),
-    json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "one_stage": True, "normal": 5}),
-    json.dumps({"one_stage": True, "normal": genotypes.ISTA_twostage.normal}),
-])
+    "", "{", "[]", "null", "\x00\x01", '{"normal": []}', "[" * 100_000,
+    json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "normal": 5}),
+], ids=lambda text: text[:40])
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "genotype.json"
     path.write_text(content)
@@ -143,17 +146,14 @@ def test_a_file_may_lack_one_stage_and_have_a_byte_order_mark(tmp_path):
     assert genotypes.load(path) == (genotypes.ISTA_onestage, True)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ValueError, match=path.name):
+        with pytest.raises(OSError, match=path.name):
             genotypes.load(str(path))
 
 
 def damaged(text):
     """Texts that differ from `text` by a few deletions and insertions."""
-    edit = st.tuples(
-        st.integers(0, len(text)), st.integers(0, 5), st.text(string.printable, max_size=5)
-    )
 
     def apply(edits):
         result = text
@@ -161,7 +161,8 @@ def damaged(text):
             result = result[:at] + insert + result[at + cut :]
         return result
 
-    return st.lists(edit, min_size=1, max_size=6).map(apply)
+    place, cut, insert = st.integers(0, len(text)), st.integers(0, 5), st.text(max_size=5)
+    return st.lists(st.tuples(place, cut, insert), min_size=1, max_size=6).map(apply)
 
 
 @given(text=st.one_of(
@@ -171,17 +172,16 @@ def damaged(text):
     st.text(max_size=100),
 ))
 @example("Genotype(normal=open('HOSTILE', 'w'), normal_concat=1, reduce=1, reduce_concat=1)")
+@example("Genotype(1)")
 @example("Genotype(*[1]*4)")
 @example("Genotype(**{'normal': 1})")
-@example("Genotype(lambda: 0, 1, 2, 3)")
-@example("Genotype([x for x in 'ab'], 1, 2, 3)")
-@example("Genotype(f'{1}', 1, 2, 3)")
-@example("Genotype('\\d', 1, 2, 3)")
-@settings(max_examples=5000, deadline=None)
-def test_hostile_and_damaged_texts_raise_value_error_or_give_a_genotype(text):
+@example(GOOD.replace("range(2, 6)", "[[2]]"))
+@example(GOOD.replace("range(2, 6)", "[2.0]"))
+@settings(max_examples=400, deadline=None)
+def test_hostile_and_damaged_texts_are_refused_or_give_a_genotype(text):
     try:
         genotype, _ = genotypes.load(text)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         assert "\n" not in str(error)
     else:
         assert equal(genotypes.load(str(genotype))[0], genotype)
@@ -220,38 +220,30 @@ def test_a_seed_gives_the_cell_it_always_gave():
     )
 
 
-def test_random_cells_of_distinct_edges():
+@pytest.mark.parametrize("cell, k", [("normal", 0), ("normal", 7), ("reduce", 3)])
+def test_one_shared_edge_is_found_in_any_node(cell, k):
+    assert genotypes.has_distinct_edges(genotypes.ISTA_twostage)
+    pairs = list(getattr(genotypes.ISTA_twostage, cell))
+    pairs[k] = (pairs[k][0], pairs[k ^ 1][1])
+    assert not genotypes.has_distinct_edges(genotypes.ISTA_twostage._replace(**{cell: pairs}))
+
+
+def assert_uniform(counts, kinds, quantile):
+    """By the χ² test, at the 99.9 % quantile of so many kinds less one degrees of freedom."""
+    expected = sum(counts.values()) / kinds
+    chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert len(counts) == kinds and chi2 < quantile
+
+
+def test_random_pairs_are_uniform():
+    drawn = [genotypes.draw(seed) for seed in range(3000)]
+    assert_uniform(Counter(pair for g in drawn for pair in g.normal[:2]), 14, 34.5)
+
+
+def test_random_cells_of_distinct_edges_are_uniform():
     assert genotypes.load("random:7:distinct") == (genotypes.draw(7, distinct_edges=True), False)
     drawn = [genotypes.draw(seed, distinct_edges=True) for seed in range(3000)]
     assert all(genotypes.has_distinct_edges(genotype) for genotype in drawn)
     assert all(genotypes.load(str(genotype))[0] == genotype for genotype in drawn[:50])
-    # Each as often: the 6 pairs of inputs of the third node, and the operations.
-    inputs = Counter((g.reduce[4][1], g.reduce[5][1]) for g in drawn)
-    operations = Counter(g.normal[0][0] for g in drawn)
-    for seen, kinds in ((inputs, 6), (operations, len(PRIMITIVES))):
-        expected = len(drawn) / kinds
-        chi2 = sum((count - expected) ** 2 / expected for count in seen.values())
-        assert len(seen) == kinds and chi2 < 22.5  # 99.9 % quantile, 6 degrees of freedom
-
-
-@pytest.mark.parametrize("cell, k", [("normal", 0), ("normal", 7), ("reduce", 3)])
-def test_one_shared_edge_is_found_in_any_node(cell, k):
-    genotype = genotypes.ISTA_twostage
-    assert genotypes.has_distinct_edges(genotype)
-    pairs = list(getattr(genotype, cell))
-    pairs[k] = (pairs[k][0], pairs[k ^ 1][1])
-    assert not genotypes.has_distinct_edges(genotype._replace(**{cell: pairs}))
-    same_inputs = [("skip_connect", 0), ("skip_connect", 1)] * NODES  # in all nodes alike
-    assert genotypes.has_distinct_edges(genotype._replace(normal=same_inputs))
-
-
-def test_random_pairs_are_uniform():
-    # Each of the 14 pairs of the first node is kept with probability 2/14.
-    counts = dict.fromkeys(((op, edge) for edge in (0, 1) for op in PRIMITIVES), 0)
-    n = 4000
-    for seed in range(n):
-        for pair in genotypes.draw(seed).normal[:2]:
-            counts[pair] += 1
-    expected = 2 * n / 14
-    chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert chi2 < 34.5  # 99.9 % quantile with 13 degrees of freedom
+    assert_uniform(Counter((g.reduce[4][1], g.reduce[5][1]) for g in drawn), 6, 20.5)
+    assert_uniform(Counter(g.normal[0][0] for g in drawn), len(PRIMITIVES), 22.5)

@@ -1,4 +1,4 @@
-"""benchmarks/nasbench301.py: how cells are put to the surrogate, and what is said of them.
+"""experiments/nasbench301.py: how cells are put to the surrogate, and what is said of them.
 
 The model is not part of the project. Where the environment variable NASBENCH301 names a folder with
 nb301-surrogate.onnx and encoding.json, the published cells are scored too.
@@ -17,7 +17,7 @@ import genotypes
 from genotypes import PRIMITIVES, Genotype
 from utils import UserError
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "experiments"))
 
 import nasbench301
 
@@ -90,7 +90,7 @@ def write_search(folder, rows):
 
 
 def call(*flags):
-    files = ["--model", "m.onnx", "--encoding", "e.json"]
+    files = ["--model", __file__, "--encoding", __file__]
     nasbench301.main(nasbench301.get_args_parser().parse_args([*files, *flags]))
 
 
@@ -149,18 +149,6 @@ def test_a_genotype_in_the_numbers_of_the_encoding(tmp_path):
     surrogate.codes = nasbench301.read_encoding(path)
     with pytest.raises(UserError, match="dil_conv_3x3"):
         surrogate.encode(SPLIT)
-
-
-@pytest.mark.parametrize("name, content, says", [
-    ("none.json", None, "cannot be read"),
-    ("e.json", "[]", "not the encoding"),
-    ("e.json", "{", "not the encoding"),
-])
-def test_what_is_wrong_with_the_encoding_is_said(tmp_path, name, content, says):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=says):
-        nasbench301.read_encoding(tmp_path / name)
 
 
 def test_without_onnxruntime_a_line_says_so(monkeypatch):

@@ -216,7 +216,7 @@ ADDED = ["sep_conv_7x7", *genotypes.PRIMITIVES, "inverted_bottleneck_3x3", "conv
 
 @pytest.mark.parametrize("nodes, each, primitives", [
     (3, 2, genotypes.PRIMITIVES[2:5]), (4, 4, genotypes.PRIMITIVES[::-1]), (5, 2, ADDED),
-    (8, 1, genotypes.PRIMITIVES),
+    (6, 1, genotypes.PRIMITIVES),
 ])
 def test_pictures_of_an_edited_search_space(tmp_path, edit, nodes, each, primitives):
     edit(nodes, primitives)
@@ -392,11 +392,11 @@ def fake_code(each, scale=1.0):
     """What `method_figure` asks of a SparseCode, also of an edited search space."""
     n, nodes = len(genotypes.PRIMITIVES), range(genotypes.NODES)
     sizes, generator = [n * (j + 2) for j in nodes], torch.Generator().manual_seed(0)
-    A, b, z = ([torch.randn(*shape, size, generator=generator) for size in sizes]
-               for shape in ((7,), (), ()))
+    A = [torch.randn(7, size, generator=generator) for size in sizes]
     support = [[divmod(k, n) for k in torch.randperm(size)[:each].tolist()] for size in sizes]
     weights = scale * torch.linspace(-1, 1, sizes[-1]).view(-1, n)
-    return SimpleNamespace(A=A, b=[x[:7] for x in b], z=z, support=support, weights=lambda: weights)
+    return SimpleNamespace(A=A, b=[a[:, 0] for a in A], z=[a[0] for a in A], support=support,
+                           weights=lambda: weights)
 
 
 def check_method(code):
