@@ -151,7 +151,7 @@ def load(spec):
     with open(spec, encoding="utf-8-sig", errors="replace") as file:  # -sig: a byte-order mark
         text = file.read()
     try:
-        if "Genotype(" in text:
+        if "Genotype(" in text and not text.lstrip().startswith("{"):  # JSON, of such an --arch
             return _parse(text), False
         record = json.loads(text)
         return from_lists(record), bool(record.get("one_stage", False))

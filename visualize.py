@@ -87,9 +87,12 @@ def new_figure(width, height, **kwargs):
 
 
 def epoch_axis(axes, until, ticks=5):
-    """Let x be the epochs 1 to `until`."""
+    """Let x be the epochs 1 to `until`, and leave out dots that would run together."""
     axes.set(xlim=(0.5, until + 0.5), xlabel="epoch")
     axes.locator_params("x", integer=True, nbins=ticks, min_n_ticks=1)
+    for line in axes.lines:
+        if line.get_marker() == "." and until > 100:
+            line.set_marker("")
 
 
 def log_axis(axes):
@@ -354,8 +357,8 @@ def search_figure(run):
             draw([first, *rest], run, until, cell)
         else:
             axes = figure.add_subplot(grid[i, :])
-            epoch_axis(axes, until, 10)
             draw(axes, run, until, *([cell, lanes[cell]] if cell else []))
+            epoch_axis(axes, until, 10)
     changes = [b.epoch for a, b in pairwise(run.history) if a.genotype != b.genotype]
     text = f"last change of a pair in epoch {changes[-1]}" if changes else "no change of a pair"
     figure.suptitle(f"{run.name}: {text}; {until} epochs of search", x=0.01, ha="left")
@@ -544,7 +547,7 @@ def compare_figure(runs):
                 each[epoch].append(value)
         if several:
             means = {epoch: fmean(each[epoch]) for epoch in each if len(each[epoch]) == len(group)}
-            handle, = axes.plot([*means], [*means.values()], linewidth=1.6, **dash,
+            handle, = axes.plot([*means], [*means.values()], linewidth=1.4, **dash,
                                 label=f"{group[0].name} (mean of {len(group)} runs)")
         handles.append(handle)
     for kind, axes in panels.items():

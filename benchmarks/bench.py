@@ -1,18 +1,29 @@
-"""Measure what a step costs, against the plain form of the same step, in one table.
+"""Measure what a step costs.
 
-    python benchmarks/bench.py                  # a few minutes on a CPU; --quick: fewer repetitions
+    python benchmarks/bench.py                            # a few minutes on a CPU
+    python benchmarks/bench.py --quick --threads 1        # fewer repetitions
     python benchmarks/bench.py --device cuda --out bench.json
+    python benchmarks/bench.py --device cuda --kinds retraining --forms compiled --profile
 
 Ours are the epoch functions of `search.py` and `train.py` on the network that `fast.accelerate`
-returns, with random images. The plain form is the network itself, in contiguous memory, with a
-step written in the most obvious way: `plain_step`. As seconds change with the machine and with
-what else it does, all forms run by turns, and what counts is the ratio. Each form has a process of
-its own, as it has in use, for `fast.accelerate` also changes how a process gets its memory. Figures
-are medians of the repetitions. Memory is the peak of that process (on CUDA: of its tensors).
-On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other multiply the noise.
+returns, with random images. Figures are medians of the repetitions.
+
+On a CPU they are shares of the plain form: the network itself, in contiguous memory, with a step
+written in the most obvious way, `plain_step`. As seconds change with the machine and with what else
+it does, both forms run by turns, and what counts is the ratio. Each has a process of its own, as it
+has in use, for `fast.accelerate` also changes how a process gets its memory; memory is the peak of
+that process. On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other multiply the
+noise.
+
+On CUDA, at the published sizes, each form of a step is held to a limit: the bytes that the
+operators of the eager float32 step read and write, at the bandwidth with which this device copies,
+and at least 2.5 µs for each operator. Time and peak memory are of a step as the script runs it;
+kernels and their time are the profiler's; `first` is the first step, in which cuDNN looks for its
+kernels and what is compiled is compiled, and `record` what recording a CUDA graph takes.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -22,38 +33,67 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs all that it does
 
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import arguments
 import data
 import fast
 import genotypes
-import runs
 import search
 import train
 import utils
-from genotypes import PRIMITIVES
+from genotypes import NODES, PRIMITIVES
+from harness import flags, runs
 from model import NetworkCIFAR
 from model_search import Network
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-KINDS = {
-    "two-stage": "two-stage step: C=16, 8 cells, batch 64 + 64",
-    "retraining": "retraining step: ISTA_twostage, C=36, 20 cells, auxiliary, batch 8",
-    "one-stage": "one-stage step: C=36, 20 cells, auxiliary, batch 8",
+KINDS = {  # flags at the sizes of the scripts, and images of a step on a CPU
+    "two-stage": ([], 64), "one-stage": (["--one_stage"], 8),
+    "retraining": (["--arch", "ISTA_twostage"], 8),
 }
+LAYOUTS = {"channels-last": torch.channels_last, "nchw": torch.contiguous_format}
+SMALL = ["--init_channels", "4", "--layers", "3", "--batch_size", "8"]
+
+
+class Form(NamedTuple):
+    """A way to compute a step."""
+
+    name: str
+    graphs: bool = False
+    amp: bool = False
+    compiled: bool = False
+    is_plain: bool = False
+
+
+ON_CPU = Form("ours"), Form("plain form", is_plain=True)
+ON_CUDA = (
+    Form("eager"), Form("graph", graphs=True), Form("bfloat16", graphs=True, amp=True),
+    Form("compiled", graphs=True, compiled=True),
+    Form("compiled bfloat16", graphs=True, amp=True, compiled=True),
+)
+# What torch.compile takes of a network in place of `fast.accelerate`, for the kinds that have it.
+COMPILE = {"retraining": lambda net: net.compile(dynamic=False)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Steps
+# ------------------------------------------------------------------------------------------------
 
 
 def one_by_one(optimizers):
@@ -74,7 +114,7 @@ def plain_step(net, optimizers, args, batch, arch_batch=None):
 
     def backward(x, y):
         logits, logits_aux = net(x)
-        loss, total = utils.losses(logits, logits_aux, y, args)
+        loss, total = utils.criterion(logits, logits_aux, y, args)
         for optimizer in optimizers:
             optimizer.zero_grad()
         total.backward()
@@ -89,23 +129,6 @@ def plain_step(net, optimizers, args, batch, arch_batch=None):
     sgd.step()
 
 
-class Form(NamedTuple):
-    name: str
-    memory_format: torch.memory_format = torch.contiguous_format
-    cuda_graphs: bool = False
-    is_plain: bool = False
-
-
-def forms(device):
-    """Ours as the scripts run it, the plain form, and on CUDA other ways to run ours."""
-    usual, other = utils.memory_format(device, amp=False), torch.channels_last
-    every = [Form("ours", usual), Form("plain form", is_plain=True)]
-    if device.type == "cuda":
-        every += [Form("ours, channels-last", other), Form("ours, CUDA graphs", usual, True),
-                  Form("ours, channels-last, CUDA graphs", other, True)]
-    return every
-
-
 class Batches(list):
     """Some batches, as the epoch functions take them."""
 
@@ -113,64 +136,55 @@ class Batches(list):
         return itertools.cycle(self)
 
 
-class Clock:
-    """Seconds since it was made, or since so many steps were done."""
+def build(kind, form, device, more=(), layout=None, network=Network):
+    """A network, and a function run(steps, progress) that trains it for so many steps.
 
-    def __init__(self, device, steps=0):
-        self.device, self.left, self.began = device, steps, 0
-        self.began = self.seconds()
-
-    def step(self, meter=None):
-        self.left -= 1
-        if self.left == 0:
-            self.began += self.seconds()
-
-    def seconds(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self.began
-
-
-def build(kind, form, device, batch=None, layers=None, network=Network):
-    """A network, and a function run(steps, progress) that trains it for so many steps."""
+    `more` are flags of the script; the memory format is by default that of the script.
+    """
     torch.manual_seed(0)
     script = train if kind == "retraining" else search
-    flags = {"one-stage": ["--one_stage"], "retraining": ["--arch", "ISTA_twostage"]}
-    args = script.get_args_parser().parse_args(flags.get(kind, []))
-    args.cuda_graphs, C, layers = form.cuda_graphs, args.init_channels, layers or args.layers
+    args = script.get_args_parser().parse_args([*KINDS[kind][0], *more, *["--amp"] * form.amp])
+    args.learning_rate = 1e-5  # a network that sees one batch over and over might diverge
+    shape = args.init_channels, 10, args.layers
     if kind == "retraining":
-        net = NetworkCIFAR(C, 10, layers, True, genotypes.ISTA_twostage)
-        optimizers = [torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
-                                      weight_decay=args.weight_decay, foreach=True)]
+        net = NetworkCIFAR(*shape, args.auxiliary, genotypes.ISTA_twostage)
+        optimizers = [torch.optim.SGD(
+            net.to(device).parameters(), args.learning_rate, args.momentum,
+            weight_decay=args.weight_decay, foreach=True,
+        )]
     else:
-        net = network(C, 10, layers, one_stage=args.one_stage, auxiliary=args.auxiliary)
+        net = network(*shape, one_stage=args.one_stage, auxiliary=args.auxiliary)
         choose(net, genotypes.ISTA_onestage if args.one_stage else genotypes.ISTA_twostage)
         optimizers = search.optimizers(net.to(device), args)
-    net = net.to(device, memory_format=form.memory_format).train()
+    layout = layout or utils.memory_format(device, args.amp, kind == "two-stage")
+    layout = torch.contiguous_format if form.is_plain else layout
+    net = net.to(memory_format=layout).train()
 
     def random_batch():
-        n = batch or (64 if kind == "two-stage" else 8)
-        x, y = torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
-        return x.to(device).contiguous(memory_format=form.memory_format), y.to(device)
+        x, y = torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,))
+        return x.to(device).contiguous(memory_format=layout), y.to(device)
 
     first, second = random_batch(), random_batch()
     if form.is_plain:
-        optimizers = one_by_one(optimizers)
+        one_by_one(optimizers)
+    elif form.compiled:
+        COMPILE[kind](net)
     else:
         fast.accelerate(net)
+    graphs = utils.Graphs(form.graphs, lambda: None, print)
 
     def run(steps, progress):
-        batches, arch_batches = Batches(steps * [first]), Batches([second])
+        batches, of_run = Batches(steps * [first]), SimpleNamespace(args=args, progress=progress)
         if form.is_plain:
             for x in batches:
                 plain_step(net, optimizers, args, x, second if kind == "two-stage" else None)
                 progress.step()
         elif kind == "retraining":
-            train.train_epoch(net, net, batches, *optimizers, args, progress)
+            train.train_epoch(net, batches, *optimizers, of_run, graphs)
         elif kind == "one-stage":
-            search.one_stage_epoch(net, net, batches, *optimizers, args, progress)
+            search.one_stage_epoch(net, batches, *optimizers, of_run, graphs)
         else:
-            search.two_stage_epoch(net, net, batches, arch_batches, *optimizers, args, progress, 1)
+            search.two_stage_epoch(net, batches, Batches([second]), *optimizers, of_run, graphs)
 
     return net, run
 
@@ -180,8 +194,35 @@ def choose(net, genotype):
     for code, pairs in zip(net.codes, (genotype.normal, genotype.reduce), strict=True):
         codes = [np.zeros(len(z)) for z in code.z]
         for i, (primitive, edge) in enumerate(pairs):
-            codes[i // 2][len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)] = 1
-        code.accept(codes)
+            node = i * NODES // len(pairs)
+            codes[node][len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)] = 1
+        code.accept(codes, code.choose(codes))
+
+
+# ------------------------------------------------------------------------------------------------
+# Clocks
+# ------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds since it was made, or since so many steps were done; and those of each lap."""
+
+    def __init__(self, device, steps=0, laps=None):
+        self.device, self.left, self.laps, self.began = device, steps, laps, 0
+        self.began = self.seconds()
+
+    def step(self, meter=None):
+        self.left -= 1
+        if self.left == 0 or self.laps is not None:
+            elapsed = self.seconds()
+            self.began += elapsed
+            if self.laps is not None:
+                self.laps.append(elapsed)
+
+    def seconds(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.began
 
 
 def seconds(function, device):
@@ -192,9 +233,8 @@ def seconds(function, device):
 
 
 def step_timer(run, device):
-    """A function that trains for a step, or on CUDA for twelve, and returns the time of one."""
-    # A CUDA graph is recorded in the second step of an epoch, and an epoch ends in a host sync.
-    skipped, steps = (2, 10) if device.type == "cuda" else (0, 1)
+    """A function that trains for a step, or on CUDA for eleven, and returns the time of one."""
+    skipped, steps = (1, 10) if device.type == "cuda" else (0, 1)  # an epoch ends in a host sync
 
     def timer():
         clock = Clock(device, skipped)
@@ -209,6 +249,11 @@ def by_turns(timers, repetitions, warm_up=2):
     for timer in timers * warm_up:
         timer()
     return np.array([[timer() for timer in timers] for _ in range(repetitions)])
+
+
+# ------------------------------------------------------------------------------------------------
+# What a step asks for
+# ------------------------------------------------------------------------------------------------
 
 
 class Reads(TorchDispatchMode):
@@ -229,27 +274,64 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_syncs(function, *args, device=CPU):
-    """How often a call waits for the device; on the CPU, as far as one sees, would."""
-    if device.type != "cuda":
-        with Reads() as reads, Copies() as copies:
-            function(*args)
-        return reads.count + copies.count
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+def host_syncs(function, *args):
+    """How often a call would wait for a device, as far as one sees on the CPU."""
+    with Reads() as reads, Copies() as copies:
         function(*args)
-        return 0
-    except RuntimeError as error:
-        if "synchronizing" not in str(error):
-            raise
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    with warnings.catch_warnings(record=True) as waits:  # there are some: how many?
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        function(*args)
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in waits)
+    return reads.count + copies.count
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that each operator on a device reads and writes; views, which do neither, left out."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.bytes = device, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        returned, schema = func(*args, **kwargs), func._schema
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+        if not is_view and not schema.name.startswith(("aten::empty", "aten::new_empty")):
+            read = tree_leaves((args, kwargs))
+            written = [
+                kwargs.get(a.name, args[i] if i < len(args) else None)
+                for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
+            ]
+            if not written:
+                written = [returned]
+            moved = sum(map(self.size, (*read, *tree_leaves(written))))
+            if moved:
+                self.bytes.append(moved)
+        return returned
+
+    def size(self, x):
+        """Bytes of a tensor, if it is one of the device; expanded ones are small."""
+        if not isinstance(x, torch.Tensor) or x.device != self.device:
+            return 0
+        return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+    def limit(self, bandwidth):
+        """Seconds for all this, at so many bytes a second."""
+        return sum(max(moved / bandwidth, 2.5e-6) for moved in self.bytes)
+
+
+def copy_bandwidth(device):
+    """Bytes that a copy of a large tensor reads and writes in a second."""
+    source = torch.rand(2**28, device=device)
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source), device) for _ in range(12)]
+    return 2 * source.numel() * source.element_size() / np.median(times[2:])
+
+
+def kernels(run, device):
+    """Name, number and milliseconds of the kernels of a step, the longest first."""
+    steps = 3
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run(steps, Clock(device))
+    rows = [(e.key, e.count / steps, getattr(e, "self_device_time_total", 0) / 1e3 / steps)
+            for e in profiler.key_averages()]
+    return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
 
 
 def saved_bytes(run, net, device):
@@ -266,6 +348,83 @@ def saved_bytes(run, net, device):
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
+# ------------------------------------------------------------------------------------------------
+# On CUDA: the limit, and what each form of a step makes of it
+# ------------------------------------------------------------------------------------------------
+
+
+def measure_cuda(device, args):
+    """Print a table for each kind of step; returns the rows of all."""
+    options = dict(more=SMALL if args.small else [], layout=LAYOUTS.get(args.layout))
+    bandwidth, rows = copy_bandwidth(device), []
+    for kind in args.kinds:
+        traffic = traffic_of(kind, device, options)
+        limit, moved = 1e3 * traffic.limit(bandwidth), sum(traffic.bytes)
+        print(f"\n{kind}, {args.layout}: {len(traffic.bytes):,} operators move {moved / 1e9:.1f} "
+              f"GB, at {bandwidth / 1e12:.2f} TB/s: {limit:.1f} ms\n"
+              f"  {'form':18}{'ms':>8}{'limit/ms':>10}{'kernels':>9}{'their ms':>10}{'first s':>9}"
+              f"{'record s':>10}{'GiB':>7}")
+        for form in (form for form in ON_CUDA if form.name in args.forms):
+            if form.compiled and kind not in COMPILE:
+                continue
+            row = dict(kind=kind, form=form.name, layout=args.layout, limit=limit, bytes=moved,
+                       operators=len(traffic.bytes), bandwidth=bandwidth)
+            try:
+                found = measure_form(kind, form, device, options, 3 if args.quick else 7)
+                rows.append(row | found)
+                print(table_row(rows[-1]), flush=True)
+                for name, count, ms in found["kernels"][: 20 * args.profile]:
+                    print(f"    {ms:8.3f} ms {count:7.1f}  {name[:80]}")
+            except Exception as error:  # the other forms are still worth their time
+                said = (str(error).splitlines() or [""])[0]
+                rows.append(row | {"error": f"{type(error).__name__}: {said}"})
+                print(f"  {form.name:18}{rows[-1]['error'][:80]}", flush=True)
+                torch.cuda.set_stream(torch.cuda.default_stream())
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def traffic_of(kind, device, options):
+    """The `Traffic` of an eager step in float32."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # its search takes long
+        _, run = build(kind, ON_CUDA[0], device, **options)
+        run(1, Clock(device))  # makes the momenta
+        with Traffic(device) as traffic:
+            run(1, Clock(device))
+    return traffic
+
+
+def measure_form(kind, form, device, options, repetitions):
+    """What is measured of a form, a dict; times in milliseconds but for `first` and `record`."""
+    torch.cuda.reset_peak_memory_stats()
+    _, run = build(kind, form, device, **options)
+    laps = []
+    run(4, Clock(device, laps=laps))
+    times = [1e3 * t for t in by_turns([step_timer(run, device)], repetitions, 1)[:, 0]]
+    peak = utils.peak_memory(device)
+    first, *others = laps
+    return dict(
+        ms=float(np.median(times)), times=times, first=first, peak=peak,
+        record=max(max(others) - np.median(times) / 1e3, 0) if form.graphs else None,
+        kernels=kernels(run, device),
+    )
+
+
+def table_row(row):
+    found = row["kernels"]  # none on a device without the profiler's CUDA side
+    of_kernels = (f"{sum(count for _, count, _ in found):9,.0f}{sum(ms for *_, ms in found):10.1f}"
+                  if found else f"{'–':>9}{'–':>10}")
+    record = f"{'–':>10}" if row["record"] is None else f"{row['record']:10.2f}"
+    return (f"  {row['form']:18}{row['ms']:8.1f}{row['limit'] / row['ms']:10.0%}{of_kernels}"
+            f"{row['first']:9.1f}{record}{row['peak']:7.2f}")
+
+
+# ------------------------------------------------------------------------------------------------
+# On a CPU: shares of the plain form
+# ------------------------------------------------------------------------------------------------
+
+
 class FormProcess:
     """A process of its own that trains in one form: a call trains a step, and returns its time.
 
@@ -273,12 +432,12 @@ class FormProcess:
     ----------
     before, peak : float
         GiB before there is a network, and at the peak of 3 steps.
-    syncs : int or None
-        Host syncs in a step, without those at the end of an epoch; None in a CUDA graph.
+    syncs : int
+        Host syncs in a step, without those at the end of an epoch.
     """
 
-    def __init__(self, kind, form, device):
-        command = [sys.executable, __file__, "--device", str(device), "--serve", kind, form.name]
+    def __init__(self, kind, form):
+        command = [sys.executable, __file__, "--serve", kind, form.name]
         command += ["--threads", str(torch.get_num_threads())]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, **pipes)
@@ -292,19 +451,21 @@ class FormProcess:
         self.process.communicate()
 
 
-def serve(kind, form, device):
+def serve(kind, form):
     """The other side of a `FormProcess`."""
-    before = utils.peak_memory(device)
-    net, run = build(kind, form, device)
-    run(3, Clock(device))
-    peak, syncs = utils.peak_memory(device), None
-    if not form.cuda_graphs:
-        one, two = (host_syncs(run, n, Clock(device), device=device) for n in (1, 2))
-        syncs = two - one
-    timer = step_timer(run, device)
-    print(json.dumps([before, peak, syncs]), flush=True)
+    before = utils.peak_memory(CPU)
+    net, run = build(kind, form, CPU, batch_flags(kind))
+    run(3, Clock(CPU))
+    peak = utils.peak_memory(CPU)
+    one, two = (host_syncs(run, n, Clock(CPU)) for n in (1, 2))
+    timer = step_timer(run, CPU)
+    print(json.dumps([before, peak, two - one]), flush=True)
     for _ in sys.stdin:
         print(timer(), flush=True)
+
+
+def batch_flags(kind):
+    return ["--batch_size", str(KINDS[kind][1])]
 
 
 class Table:
@@ -330,31 +491,28 @@ class Table:
         print(f"  {name:58}  {f'{median} {unit}'.rstrip():>14}  {spread:>19}".rstrip(), flush=True)
 
 
-def measure_steps(table, device, repetitions):
-    """Time, peak memory and host syncs of the three steps, in all forms."""
+def measure_steps(table, repetitions):
+    """Time, peak memory and host syncs of the three steps, in both forms."""
     # First of all, while this process is small: a child inherits the peak of its parent.
-    every, of = forms(device), "the tensors" if device.type == "cuda" else "the process"
-    for kind, title in KINDS.items():
-        table.title(title)
-        processes = [FormProcess(kind, form, device) for form in every]
+    for kind, (_, batch) in KINDS.items():
+        table.title(f"{kind} step of the published network, batch {batch}")
+        processes = [FormProcess(kind, form) for form in ON_CPU]
         times = by_turns(processes, repetitions)
-        for i, (form, process) in enumerate(zip(every, processes, strict=True)):
+        for i, (form, process) in enumerate(zip(ON_CPU, processes, strict=True)):
             process.end()
             table.add(f"time, {form.name}", 1e3 * times[:, i], "ms")
-            table.add(f"  peak memory of {of}", process.peak, "GiB")
-            if device.type != "cuda":
-                table.add("    of it before there is a network", process.before, "GiB")
+            table.add("  peak memory of the process", process.peak, "GiB")
+            table.add("    of it before there is a network", process.before, "GiB")
             if not form.is_plain:
                 table.add("  time, share of the plain form", times[:, i] / times[:, 1])
                 table.add("  peak memory, share of the plain form",
                           process.peak / processes[1].peak)
-            if process.syncs is not None:
-                table.add("  host syncs", process.syncs)
+            table.add("  host syncs", process.syncs)
 
 
-def measure_recovery(table, device, repetitions):
+def measure_recovery(table, repetitions):
     """Cold and warm solves of all codes, of points as large as they are in a search."""
-    table.title("recovery of all 8 nodes (on the CPU)")
+    table.title("recovery of all 8 nodes")
     torch.manual_seed(0)
     net = Network(4, 10, 2)  # the size of the network does not matter
 
@@ -366,7 +524,7 @@ def measure_recovery(table, device, repetitions):
         for b in net.arch_parameters():
             b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
         for code in net.codes:
-            code.accept([np.zeros(len(z)) for z in code.z])
+            code.accept([np.zeros(len(z)) for z in code.z], code.support)
         cold.append(1e3 * seconds(solve, CPU))
         net.recover()
         for b in net.arch_parameters():  # as the first step of Adam
@@ -381,15 +539,15 @@ def measure_recovery(table, device, repetitions):
     table.add("CVXPY with Clarabel, and the bookkeeping", 1e3 * np.array(times), "ms")
 
 
-def measure_data(table, device, repetitions):
+def measure_data(table, repetitions):
     """Augmented batches of ours, and of torchvision's transforms on PIL images, on one core."""
     table.title("training images a second, augmented, one core")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     n, size, mean, std = 4096, 256, data.CIFAR10_MEAN, data.CIFAR10_STD
     pixels, labels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
-    images = data.Images(pixels.to(device), labels.to(device), list("0123456789"), mean, std)
-    batches = images.batches(size, train=True, memory_format=utils.memory_format(device, False))
+    images = data.Images(pixels, labels, list("0123456789"), mean, std)
+    batches = images.batches(size, train=True, memory_format=torch.channels_last)
     pil = [transforms.ToPILImage()(image) for image in pixels]
     transform = transforms.Compose([
         transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
@@ -397,7 +555,7 @@ def measure_data(table, device, repetitions):
     ])
 
     def ours():
-        return seconds(lambda: [None for _ in batches], device)
+        return seconds(lambda: [None for _ in batches], CPU)
 
     def torchvision():
         parts = (pil[i : i + size] for i in range(0, n, size))
@@ -420,12 +578,13 @@ class Dense(Network):
         return support, [w.to(self.classifier.weight.dtype).unbind() for w in weights]
 
 
-def measure_growth(table, device, repetitions):
+def measure_growth(table, repetitions):
     """Steps in spaces of 7, 14 and 28 operations an edge, the available ones repeated."""
-    published, (ours, plain, *_) = list(PRIMITIVES), forms(device)
+    published, (ours, plain) = list(PRIMITIVES), ON_CPU
     for title, times, options in (
-        ("two-stage step", repetitions, (ours, device)),
-        ("where all of them run, 2 cells, batch 8", 3, (plain, device, 8, 2, Dense)),
+        ("two-stage step", repetitions, (ours, CPU, batch_flags("two-stage"))),
+        ("where all of them run, 2 cells, batch 8", 3,
+         (plain, CPU, ["--batch_size", "8", "--layers", "2"], None, Dense)),
     ):
         table.title(f"growth with the operations: {title}")
         built = []
@@ -433,26 +592,26 @@ def measure_growth(table, device, repetitions):
             PRIMITIVES[:] = published * copies
             built.append(build("two-stage", *options))
         PRIMITIVES[:] = published
-        taken = by_turns([step_timer(run, device) for _, run in built], times)
-        saved = [saved_bytes(run, net, device) for net, run in built]
+        taken = by_turns([step_timer(run, CPU) for _, run in built], times)
+        saved = [saved_bytes(run, net, CPU) for net, run in built]
         for i, n in ((1, 14), (2, 28)):
             table.add(f"time, {n} operations to 7", taken[:, i] / taken[:, 0])
             table.add(f"activation memory, {n} operations to 7", saved[i] / saved[0])
 
 
-def measure_start(table, device, repetitions):
+def measure_start(table, repetitions):
     """What a person waits for: the first step of a search, and the help."""
     table.title("start: python search.py --dataset digits")
     command = [sys.executable, str(ROOT / "search.py")]
-    flags = "--dataset digits --image_size 8 --init_channels 2 --layers 3 --report_freq 1".split()
+    tiny = "--dataset digits --image_size 8 --init_channels 2 --layers 3 --report_freq 1".split()
 
     def first_step():
         clock = Clock(CPU)
         with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
-            [*command, *flags, "--device", str(device), "--save", f"{folder}/run"],
+            [*command, *tiny, "--device", "cpu", "--save", f"{folder}/run"],
             stdout=subprocess.PIPE, text=True,
         ) as script:
-            reached = any(", step 1/" in line for line in script.stdout)
+            reached = any("step 1/" in line for line in script.stdout)
             elapsed = clock.seconds()
             script.kill()
         return elapsed if reached else np.nan
@@ -463,6 +622,11 @@ def measure_start(table, device, repetitions):
     times = by_turns([first_step, prompt], repetitions, warm_up=1)
     table.add("to the first step", times[:, 0], "s")
     table.add("--help to the prompt", times[:, 1], "s")
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
+# ------------------------------------------------------------------------------------------------
 
 
 def machine(device):
@@ -477,27 +641,48 @@ def machine(device):
     )
 
 
-def main():
-    parser = arguments.Parser("bench.py", __doc__)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--threads", type=arguments.whole(1, 1024),
+def get_args_parser():
+    parser = flags.Parser("bench.py", __doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--quick", action="store_true", default=False,
+                        help="fewer repetitions, and nothing is compiled")
+    parser.add_argument("--out", type=flags.name, metavar="FILE",
+                        help="write the figures to a JSON as well")
+    parser.add_argument("--threads", type=flags.whole(1, 1024), metavar="N",
                         help="of the CPU (default: as torch chooses)")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--out", metavar="FILE", help="write the figures to a JSON as well")
+    group = parser.add_argument_group("on CUDA")
+    forms = [form.name for form in ON_CUDA]
+    group.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS], metavar="KIND",
+                       help=f"of {', '.join(KINDS)} (default: all)")
+    group.add_argument("--forms", nargs="+", choices=forms, metavar="FORM",
+                       help=f"of {', '.join(map(repr, forms))} (default: all)")
+    group.add_argument("--layout", choices=["default", *LAYOUTS], default="default",
+                       help="memory format of the tensors (default: that of the scripts)")
+    group.add_argument("--profile", action="store_true", default=False,
+                       help="print the twenty most expensive kernels of each form")
+    group.add_argument("--small", action="store_true", default=False,
+                       help="tiny networks, to try this script")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
     device = utils.choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.serve:
         kind, name = args.serve
-        serve(kind, {form.name: form for form in forms(device)}[name], device)
+        serve(kind, {form.name: form for form in ON_CPU}[name])
         return
-
+    args.forms = args.forms or [f.name for f in ON_CUDA if not (args.quick and f.compiled)]
     about, table = machine(device), Table()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    for measure in measure_steps, measure_recovery, measure_data, measure_growth, measure_start:
-        measure(table, device, repetitions=3 if args.quick else 9)
+    if device.type == "cuda":
+        table.rows = measure_cuda(device, args)
+    else:
+        for measure in measure_steps, measure_recovery, measure_data, measure_growth, measure_start:
+            measure(table, repetitions=3 if args.quick else 9)
     if args.out:
         with open(args.out, "w") as file:
             json.dump({"machine": about, "figures": table.rows}, file, indent=1)

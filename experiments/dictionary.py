@@ -35,7 +35,8 @@ same seed, so the same merits and, if m is the same, the same first b. The table
                among 2,000 random choices (cells); the pairs of a node that ever ran (ran); how
                often, when one of the two left, it was the one whose |w| had fallen against the
                other's (loser).
-    scale      The same for two distributions of the entries, with columns of the same norm.
+    scale      The same for columns of one norm each: entries uniform on [0, 1), centred (these
+               less 1/2) or normal, then scaled.
     factors    The same with one thing changed at a time. With the loss `squares` merit is v², for
                at its least this loss is the sum of v² over the pairs that do not run.
 """
@@ -64,7 +65,7 @@ TWO_DIGITS = "norm", "cosine", "crosstalk"  # columns; all others are in %
 class Setting(NamedTuple):
     """All that the tables change; the defaults are as released."""
 
-    distribution: str = "uniform"  # of the entries of A: uniform on [0, 1), or normal
+    distribution: str = "uniform"  # of A: uniform on [0, 1), centred (that less 1/2), or normal
     factor: float = 1.0  # of A
     norm: float | None = None  # to which each column of A is scaled
     m: int = 7
@@ -109,7 +110,7 @@ def settings():
         "keeps": keeps,
         "searches": base,
         "scale": {f"{name}, norm {norm:g}": Setting(distribution=name, norm=norm)
-                  for norm in NORMS for name in ("uniform", "normal")},
+                  for norm in NORMS for name in ("uniform", "centred", "normal")},
         "factors": {f"{factor}: {name}": base[name]._replace(**change)
                     for factor, change in FACTORS.items() for name in [*DICTIONARIES][:4]},
     }
@@ -156,8 +157,8 @@ def check(args):
 def draw(setting, n, rng):
     """A dictionary of n columns."""
     size = setting.m, n
-    A = rng.random(size) if setting.distribution == "uniform" else rng.standard_normal(size)
-    A = setting.factor * A
+    A = rng.standard_normal(size) if setting.distribution == "normal" else rng.random(size)
+    A = setting.factor * (A - 0.5 if setting.distribution == "centred" else A)
     return A if setting.norm is None else setting.norm * A / np.linalg.norm(A, axis=0)
 
 

@@ -178,7 +178,7 @@ def read_weights(path):
             for name, value in state.get("state_dict", state).items()
         }
         return {"weights": weights, "config": shape_of(weights), "args": {}, "about": {}}
-    except (LookupError, AttributeError, TypeError, ValueError):
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):  # of a tensor
         raise UserError(f"{path} holds no weights of a DARTS network") from None
 
 

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def command(prog):
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
+    with contextlib.suppress(AttributeError):  # not a stream of text of its own
+        sys.stdout.reconfigure(errors="backslashreplace")  # λ and → are not in every encoding
+    # A full disk is met by TensorBoard's thread too; the next event raises its error here.
+    threading.excepthook = lambda error: (
+        issubclass(error.exc_type, OSError) or threading.__excepthook__(error)
+    )
     try:
         distributed.start()
         yield

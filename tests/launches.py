@@ -25,7 +25,7 @@ import model
 import search
 import train
 import utils
-from genotypes import PRIMITIVES
+from genotypes import PRIMITIVES, by_node
 from model_search import Network
 
 KINDS = {
@@ -33,13 +33,6 @@ KINDS = {
     "one-stage": (search, ["--one_stage"], genotypes.ISTA_onestage),
     "retraining": (train, ["--arch", "ISTA_twostage"], genotypes.ISTA_twostage),
 }
-
-
-class Repeated(list):
-    """Batches, as the loops take them."""
-
-    def endless(self):
-        return itertools.repeat(self[0])
 
 
 def prepare(kind, *flags):
@@ -51,29 +44,28 @@ def prepare(kind, *flags):
         return args, model.NetworkCIFAR(*shape, args.auxiliary, genotype)
     net = Network(*shape, one_stage=args.one_stage, auxiliary=args.auxiliary)
     for code, pairs in zip(net.codes, (genotype.normal, genotype.reduce), strict=True):
-        codes = [z.numpy(force=True) * 0 for z in code.z]
-        for i, (primitive, edge) in enumerate(pairs):
-            codes[i // 2][len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)] = 1
-        code.accept(codes)
+        support = [[(edge, PRIMITIVES.index(op)) for op, edge in node] for node in by_node(pairs)]
+        code.accept([z.numpy() for z in code.z], support)
     return args, net
 
 
 def take_epoch(args, net, batches):
-    """An epoch of the loop that the flags are of."""
+    """An epoch of the loop that the flags are of, without graphs."""
     progress = SimpleNamespace(step=lambda meter: None)
+    run, graphs = SimpleNamespace(args=args, progress=progress), utils.Graphs(False, None, None)
     if isinstance(net, model.NetworkCIFAR):
         optimizer = torch.optim.SGD(
             net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
             foreach=True,
         )
-        return train.train_epoch(net, net, batches, optimizer, args, progress)
+        return train.train_epoch(net, batches, optimizer, run, graphs)
     optimizers = search.optimizers(net, args)
     if args.one_stage:
-        return search.one_stage_epoch(net, net, batches, *optimizers, args, progress)
-    return search.two_stage_epoch(net, net, batches, batches, *optimizers, args, progress, 1)
+        return search.one_stage_epoch(net, batches, *optimizers, run, graphs)
+    return search.two_stage_epoch(net, batches, batches, *optimizers, run, graphs)
 
 
-class Recorded(Repeated):
+class Recorded(list):
     """Four batches alike; what the step on the last one asks for is recorded."""
 
     def __iter__(self):
@@ -83,18 +75,23 @@ class Recorded(Repeated):
             yield self[0]
         self.peak = torch.cuda.max_memory_allocated() / 2**30
 
+    def endless(self):
+        return itertools.repeat(self[0])
+
 
 def main():
     device, counts = utils.choose_device("cuda"), {}
     utils.Meter.read = lambda meter: (0.0, 0.0)  # there are no values
-    for kind in KINDS:
-        args, net = prepare(kind)
-        layout = utils.memory_format(device, args.amp)
-        net = fast.accelerate(net.to(device, memory_format=layout))
+    for kind, amp in itertools.product(KINDS, (False, True)):
+        args, net = prepare(kind, *["--amp"] * amp)
+        layout = utils.memory_format(device, amp, two_stage=kind == "two-stage")
+        with nullgpu.Shadow():  # it compares values
+            net = fast.accelerate(net.to(device, memory_format=layout))
         x = torch.zeros(args.batch_size, 3, 32, 32).to(device, memory_format=layout)
         batches = Recorded([(x, torch.zeros(len(x), dtype=torch.int64).to(device))])
         take_epoch(args, net, batches)
-        counts[kind] = len(batches.record.launches), len(batches.record.waits), batches.peak
+        name = f"{kind}, bfloat16" if amp else kind
+        counts[name] = len(batches.record.launches), len(batches.record.waits), batches.peak
 
     with nullgpu.Shadow():  # a recovery depends on values
         for kind in ("two-stage", "one-stage"):

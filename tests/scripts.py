@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,11 @@ class Done(NamedTuple):
     stdout: str
     stderr: str
 
+    @property
+    def words(self):
+        """What it printed, however its lines are broken."""
+        return " ".join(self.stdout.split())
+
 
 def run(script, *flags, cwd, status=0, pictures=False, launcher=()):
     """Run a script to its end, in this process where it can be; check its exit status if not None.
@@ -124,6 +130,7 @@ def _run_here(script, flags, cwd, pictures):
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
         stack.enter_context(mock.patch.object(runs.Run, "latest", None))
+        stack.enter_context(mock.patch.object(threading, "excepthook", threading.__excepthook__))
         if not pictures:
             stack.enter_context(mock.patch.object(visualize, "draw_run", lambda path: []))
             stack.enter_context(mock.patch.object(runs.Run, "show_figure"))

@@ -44,10 +44,11 @@ LOOPS = {
 
 # Each rank keeps what it would save as a checkpoint.
 KEEP = """
-import torch, distributed
+import torch
+from harness import distributed
 save_checkpoint = runs.Run.save_checkpoint
 def keep(self, **state):
-    state_and_args = dict(state, args=runs.plain(self.args))
+    state_and_args = dict(state, args=runs.saved(self.args))
     torch.save(state_and_args, f"{self.path}-{distributed.rank()}.pt")
     save_checkpoint(self, **state)
 runs.Run.save_checkpoint = keep
@@ -187,7 +188,7 @@ def test_parameters_that_no_loss_depends_on_are_no_obstacle(tmp_path):
 AVERAGE = """
 import torch
 import torch.nn.functional as F
-import distributed
+from harness import distributed
 from model_search import Network
 
 distributed.start()
@@ -225,14 +226,14 @@ def test_gradients_are_the_mean_over_the_ranks(tmp_path):
 
 CODES = """
 import torch
-import distributed
+from harness import distributed
 from model_search import Network
 
 distributed.start()
 torch.manual_seed(distributed.rank())  # another network on each
 net = Network(2, 10, 3)
 own = [z.tolist() for code in net.codes for z in code.z]
-net.recover()
+net.recover(share=distributed.from_rank_zero)
 codes = [z.tolist() for code in net.codes for z in code.z]
 of_all = distributed.gather((own, codes, [code.support for code in net.codes]))
 assert of_all[0][0] != of_all[1][0] and of_all[0][1:] == of_all[1][1:]

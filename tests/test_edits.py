@@ -1,26 +1,23 @@
 """What researchers edit is what runs, and a run of edited sources resumes.
 
 Edits of operations are made in this process: the accelerated network computes what the plain one
-does. Each other edit is a run of an edited copy of the sources.
+does. The others are patches of a copy of the sources, which is then run.
 """
 
 import ast
 import copy
 import json
-import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
 import pytest
+import scripts
 import torch
 import torch.nn.functional as F
-from scripts import (
-    ONE_STAGE, ROOT, TRAIN, TWO_STAGE, Process, assert_same_run, imagenet_of_digits, rows, saved,
-)
+from scripts import ONE_STAGE, ROOT, TRAIN, TWO_STAGE, Process, assert_same_run, rows, saved
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -31,7 +28,7 @@ import operations
 from genotypes import PRIMITIVES, Genotype
 from harness import checkpoints
 from model import NetworkCIFAR
-from model_search import MixedOp, Network
+from model_search import Cell, MixedOp, Network
 from operations import DilConv, FactorizedReduce, Normed, ReLUConvBN, SepConv
 
 # ------------------------------------------------------------------------------------------------
@@ -39,75 +36,46 @@ from operations import DilConv, FactorizedReduce, Normed, ReLUConvBN, SepConv
 # ------------------------------------------------------------------------------------------------
 
 
+def in_init(cls, change):
+    """An edit of `__init__`: a change of the layer that it makes."""
+    def edit(patch):
+        init = cls.__init__
+        patch.setattr(cls, "__init__", lambda layer, *args, **kwargs: (
+            init(layer, *args, **kwargs), change(layer))[0])
+    return edit
+
+
 def put(place, make):
-    """Put a layer, made from the one that is there, at a place of the operation."""
-    def change(op):
-        op.op[place] = make(op.op[place])
-    return change
+    """A layer made from the one at a place of an operation, in its place."""
+    return lambda op: op.op.__setitem__(place, make(op.op[place]))
 
 
-def with_bias(conv):
-    return nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride)
+def give(place, **attributes):
+    return lambda op: [setattr(op.op[place], key, value) for key, value in attributes.items()]
 
 
-def reflecting(conv):
-    return nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation, conv.groups, bias=False, padding_mode="reflect",
-    )
+def dilate(op):
+    give(1, dilation=(3, 3), padding=2 * (3 * (op.op[1].kernel_size[0] // 2),))(op)
 
 
-def without_momentum(op):
-    for layer in op.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-
-
-def one_more_layer(op):
-    channels = op.op[2].out_channels
-    op.op = nn.Sequential(*op.op, nn.Conv2d(channels, channels, 1, bias=False))
-
-
-def wider_apart(op):
-    op.op[1].dilation, op.op[1].padding = (3, 3), (3 * (op.op[1].kernel_size[0] // 2),) * 2
-
-
-def rising(op):
-    """Give each operation a number of its own, which its `repr` does not show."""
-    SepConv.made = getattr(SepConv, "made", 0) + 1
-    op.gain = 1 + SepConv.made // 2
+def in_forward(cls, forward):
+    """An edit of `forward`, which is given the one before."""
+    before = cls.forward
+    return lambda patch: patch.setattr(cls, "forward", lambda *args: forward(before, *args))
 
 
 def seven(patch):
+    """DARTS' own operation, in OPS and PRIMITIVES."""
     patch.setattr(model_search, "PRIMITIVES", [*PRIMITIVES, "sep_conv_7x7"])
     patch.setitem(operations.OPS, "sep_conv_7x7",
                   lambda C, stride, affine: SepConv(C, 7, stride, affine))
 
 
-def in_init(cls, *changes):
-    """An edit of `__init__`: changes of the operation that it makes."""
-    def edit(patch):
-        init = cls.__init__
-
-        def edited(op, *args, **kwargs):
-            init(op, *args, **kwargs)
-            for change in changes:
-                change(op)
-
-        patch.setattr(cls, "__init__", edited)
-    return edit
-
-
-def in_forward(cls, forward):
-    """An edit of `forward`, given what it was before."""
-    def edit(patch):
-        before = cls.forward
-        patch.setattr(cls, "forward", lambda op, *args: forward(op, before, *args))
-    return edit
-
-
-def both(*edits):
-    return lambda patch: [edit(patch) for edit in edits]
+def gains(patch):
+    """A number that rises from operation to operation, and that no `repr` shows."""
+    made = []
+    in_init(SepConv, lambda op: (made.append(op), setattr(op, "gain", len(made) // 3)))(patch)
+    in_forward(SepConv, lambda before, op, x: (1 + op.gain) * before(op, x))(patch)
 
 
 # Each with the classes that the log names.
@@ -116,54 +84,46 @@ OPERATIONS = {
     "SiLU": (in_init(DilConv, put(0, lambda _: nn.SiLU())), "DilConv"),
     "ReLU6": (in_init(DilConv, put(0, lambda _: nn.ReLU6())), "DilConv"),
     "GELU": (in_init(SepConv, put(4, lambda _: nn.GELU())), "SepConv"),
-    "bias": (in_init(ReLUConvBN, put(1, with_bias)), "ReLUConvBN"),
-    "padding_mode": (in_init(SepConv, put(1, reflecting)), "SepConv"),
-    "GroupNorm": (in_init(DilConv, put(3, lambda norm: nn.GroupNorm(2, norm.num_features))), "DilConv"),
-    "BatchNorm without momentum": (in_init(DilConv, without_momentum), "BatchNorm2d DilConv"),
-    "one more layer": (in_init(DilConv, one_more_layer), "DilConv"),
+    "bias": (in_init(ReLUConvBN, put(1, lambda conv: nn.Conv2d(
+        conv.in_channels, conv.out_channels, 1))), "ReLUConvBN"),
+    "padding_mode": (in_init(SepConv, give(1, padding_mode="reflect")), "SepConv"),
+    "GroupNorm": (in_init(DilConv, put(3, lambda norm: nn.GroupNorm(
+        2, norm.num_features))), "DilConv"),
+    "momentum": (in_init(DilConv, give(3, momentum=None)), "BatchNorm2d DilConv"),
+    "one more layer": (in_init(DilConv, lambda op: op.op.append(nn.AvgPool2d(3, 1, 1))), "DilConv"),
     "7×7": (seven, "SepConv"),
-    "dilation 3": (in_init(DilConv, wider_apart), "DilConv"),
-    "forward of ReLUConvBN": (
-        in_forward(ReLUConvBN, lambda op, before, x: before(op, x) + 0.1), "ReLUConvBN"),
-    "forward of SepConv": (in_forward(SepConv, lambda op, before, x: op.op[:4](x)), "SepConv"),
-    "forward of DilConv": (
-        in_forward(DilConv, lambda op, before, x: op.op(x) * (1.5 if op.training else 1)),
-        "DilConv"),
-    "forward of FactorizedReduce": (
-        in_forward(FactorizedReduce, lambda op, before, x: before(op, x.flip(3))),
-        "FactorizedReduce"),
-    "forward of Normed": (in_forward(Normed, lambda op, before, x: before(op, 2 + x)), "Normed"),
-    "forward of MixedOp": (
-        in_forward(MixedOp, lambda mixed, before, x, op, w: before(mixed, x, op, w.sigmoid())),
-        "MixedOp"),
-    "w at most 1": (
-        in_forward(MixedOp, lambda mixed, before, x, op, w: before(mixed, x, op, w.clamp(-1, 1))),
-        "MixedOp"),
-    "a number of its own": (
-        both(in_init(SepConv, rising),
-             in_forward(SepConv, lambda op, before, x: op.gain * before(op, x))), "SepConv"),
-    "hook": (
-        in_init(DilConv, lambda op: op.register_forward_hook(lambda op, x, y: 2 * y)), "DilConv"),
-    "hook inside": (
-        in_init(SepConv, lambda op: op.op[1].register_forward_pre_hook(
-            lambda conv, x: (3 * x[0] + 1,))), "SepConv"),
-    "hook of the gradient": (
-        in_init(FactorizedReduce, lambda op: op.register_full_backward_hook(
-            lambda op, g_in, g_out: (2 * g_in[0],))), "FactorizedReduce"),
-    "requires_grad": (
-        both(*(in_init(cls, lambda op: op.requires_grad_(False))
-               for cls in (DilConv, SepConv, FactorizedReduce))), ""),
+    "dilation 3": (in_init(DilConv, dilate), "DilConv"),
+    "a number": (gains, "SepConv"),
+    "hook": (in_init(DilConv, lambda op: op.register_forward_hook(
+        lambda op, x, y: 2 * y)), "DilConv"),
+    "hook inside": (in_init(SepConv, lambda op: op.op[1].register_forward_pre_hook(
+        lambda conv, x: (3 * x[0] + 1,))), "SepConv"),
+    "hook of the gradient": (in_init(FactorizedReduce, lambda op: op.register_full_backward_hook(
+        lambda op, g, _: (2 * g[0],))), "FactorizedReduce"),
+    "weights held": (in_init(SepConv, lambda op: op.requires_grad_(False)), ""),
+    "γ and β held": (in_init(nn.BatchNorm2d, lambda norm: norm.requires_grad_(False)), ""),
+    "ReLUConvBN": (in_forward(ReLUConvBN, lambda before, op, x: before(op, x) + 0.1), "ReLUConvBN"),
+    "SepConv": (in_forward(SepConv, lambda before, op, x: op.op[:4](x)), "SepConv"),
+    "DilConv": (in_forward(DilConv, lambda before, op, x: (
+        op.op(x) * (1.5 if op.training else 1))), "DilConv"),
+    "FactorizedReduce": (in_forward(FactorizedReduce, lambda before, op, x: (
+        before(op, x.flip(3)))), "FactorizedReduce"),
+    "Normed": (in_forward(Normed, lambda before, op, x: before(op, 2 + x)), "Normed"),
+    "MixedOp": (in_forward(MixedOp, lambda before, mixed, x, op, w: (
+        before(mixed, x, op, w.sigmoid()))), "MixedOp"),
+    "w of at most 1": (in_forward(MixedOp, lambda before, mixed, x, op, w: (
+        before(mixed, x, op, w.clamp(-1, 1)))), "MixedOp"),
 }
 
 
 def supernet():
-    """A reduction cell that runs every operation, at stride 2 (node 0) and 1 (the others)."""
+    """A reduction cell that runs every operation, at stride 2 (node 0) and 1 (node 1)."""
     n = len(model_search.PRIMITIVES)
     net = Network(4, 10, 1, sparseness=n, proj_dims=n)
     codes = [z.numpy() for z in net.reduce_code.z]
     net.reduce_code.accept(codes, [[(edge, op) for op in range(n)] for edge in (0, 2, 1, 3)])
     for b in net.reduce_code.b:
-        nn.init.normal_(b)  # w is of order 1, and of either sign
+        nn.init.normal_(b)  # so that w is of order 1, and of either sign
     return net
 
 
@@ -182,9 +142,10 @@ def results(net):
         net.train(mode).zero_grad()
         logits, _ = net(x.contiguous(memory_format=torch.channels_last))
         logits.square().sum().backward()
-        gradients = {name: p.grad for name, p in net.named_parameters()}
-        statistics = {name: t.clone() for name, t in net.named_buffers() if ".running_" in name}
-        found |= {(mode, k): t for k, t in {"": logits, **gradients, **statistics}.items()}
+        found[mode] = [
+            logits, {name: p.grad for name, p in net.named_parameters()},
+            {name: t.clone() for name, t in net.named_buffers() if ".running_" in name},
+        ]
     return found
 
 
@@ -193,40 +154,28 @@ def test_what_is_computed_is_what_is_written(name, monkeypatch):
     torch.manual_seed(0)
     edit, expected = OPERATIONS[name]
     edit(monkeypatch)
-    for make in (supernet, network):
-        plain = make().double()
+    for make, left in ((supernet, {*expected.split()}), (network, {*expected.split()} - {"MixedOp"})):
+        plain, log = make().double(), []
         for norm in plain.modules():
             if isinstance(norm, nn.BatchNorm2d) and norm.affine:
                 nn.init.normal_(norm.weight)
                 nn.init.normal_(norm.bias)
-        log = []
         swapped = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-        found, wanted = results(fast.accelerate(swapped, log.append)), results(plain)
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            assert (found[key] is None) == (value is None), key
-            if value is not None:
-                limit = 1e-9 * value.abs().max().clamp(min=1e-3)
-                assert (found[key] - value).abs().max() <= limit, key
-        assert any(type(m).__module__ == "fast" for m in swapped.modules())
-        told = {line.split()[0] for line in log if "runs as it is written" in line}
-        assert told == {*expected.split()} - ({"MixedOp"} if make is network else set())
-
-
-def unabsorbable(patch):
-    in_init(DilConv, lambda op: op.op.append(nn.Tanh()))(patch)
+        fast.accelerate(swapped, log.append)
+        torch.testing.assert_close(results(swapped), results(plain), rtol=1e-7, atol=1e-8)
+        assert {line.split()[0] for line in log if "runs as it is written" in line} == left
+        assert any(type(layer).__module__ == "fast" for layer in swapped.modules())
 
 
 @pytest.mark.parametrize(("edit", "reason"), [
-    (unabsorbable, "dil_conv_3x3 at stride 1: .* cannot absorb w"),
+    (in_init(DilConv, lambda op: op.op.append(nn.Tanh())), "dil_conv_3x3 at stride 1: .* absorb w"),
     (OPERATIONS["GroupNorm"][0], "dil_conv_3x3 at stride 1: .* needs a BatchNorm at its end"),
-    (in_forward(FactorizedReduce, lambda op, before, x: before(op, x) ** 2),
+    (in_forward(FactorizedReduce, lambda before, op, x: before(op, x) ** 2),
      "skip_connect at stride 2: .* cannot absorb w"),
-    (OPERATIONS["forward of MixedOp"][0], "max_pool_3x3 at stride 1: .* MixedOp"),
-    (OPERATIONS["w at most 1"][0], "MixedOp"),
+    (OPERATIONS["MixedOp"][0], "max_pool_3x3 at stride 1: .* MixedOp"),
+    (OPERATIONS["w of at most 1"][0], "MixedOp"),
 ])
 def test_one_stage_search_refuses_what_it_could_not_absorb(edit, reason, monkeypatch):
-    Network(4, 10, 3, one_stage=True)
     edit(monkeypatch)
     with pytest.raises(ValueError, match=reason):
         Network(4, 10, 3, one_stage=True)
@@ -238,6 +187,486 @@ def test_absorption_answers_for_the_whole_network(monkeypatch):
     for b in net.arch_parameters():
         nn.init.normal_(b)
     net.absorb()
-    in_forward(model_search.Cell, lambda cell, before, *args: 2 * before(cell, *args))(monkeypatch)
+    in_forward(Cell, lambda before, *args: 2 * before(*args))(monkeypatch)
     with pytest.raises(ValueError, match="an edit of Cell or Network"):
         net.absorb()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs of edited sources
+# ------------------------------------------------------------------------------------------------
+
+
+def edited(folder, *patches):
+    """A copy of the sources, with patches applied: what they replace is there exactly once."""
+    sources = folder / "sources"
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("harness/*.py"), *ROOT.glob("tools/*.py")):
+        copied = sources / path.relative_to(ROOT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copied)
+    for hunk in "".join(patches).split("\n@@ ")[1:]:
+        name, *lines = hunk.rstrip("\n").split("\n")
+        old, new = ("".join(f"{line[1:]}\n" for line in lines if line[:1] in kept)
+                    for kept in ((" ", "-", ""), (" ", "+", "")))
+        text = (sources / name).read_text()
+        assert text.count(old) == 1, f"{name} has this {text.count(old)} times:\n{old}"
+        (sources / name).write_text(text.replace(old, new))
+    # Such networks take less time as they are written than to see whether they may be swapped.
+    (folder / "plain.py").write_text("import fast\nfast.accelerate = lambda net, log: net\n")
+    return sources
+
+
+def finish(script, *flags, cwd, status=0, pictures=False):
+    """Run a script to its end; what it has written is in `stdout` and `stderr`."""
+    plain = cwd / "plain.py"
+    process = Process(script, *flags, cwd=cwd, meddle=plain if plain.exists() else None,
+                      pictures=pictures)
+    assert process.wait() == status, process.stdout + process.stderr
+    return process
+
+
+class Run:
+    """A run of two epochs; and the last once more, from what an end in it would leave."""
+
+    def __init__(self, sources, script, *flags, pictures=False):
+        parent = sources.parent
+        self.folder, again = parent / "run", parent / "again"
+        self.log = finish(sources / script, "--epochs", 2, *flags, "--save", "run", cwd=parent,
+                          pictures=pictures).stdout
+        again.mkdir()
+        for name in ("config.json", "metrics.jsonl", "genotypes.jsonl"):
+            if (self.folder / name).exists():
+                shutil.copy(self.folder / name, again)
+        shutil.copy(self.folder / "checkpoint-previous.pt", again / "checkpoint.pt")
+        finish(sources / script, "--resume", "again", cwd=parent)
+        assert_same_run(self.folder, again)
+
+        self.rows = rows(self.folder / "metrics.jsonl")
+        self.before, self.last = (
+            saved(self.folder / f"checkpoint{when}.pt") for when in ("-previous", ""))
+        self.weights = self.last["net" if script == "search.py" else "weights"]
+
+
+class Edit(NamedTuple):
+    """Patches, which `@@ FILE` begins, a check that the effect is seen, and flags for it."""
+
+    patch: str
+    effect: Callable
+    flags: tuple = ()
+
+
+def optimizer_of_search(name):
+    def effect(run):
+        rate = 0.002 * 1.01 / 2  # cosine, from 0.1 to 0.001
+        assert [row["learning_rate"] for row in run.rows] == pytest.approx([0.002, rate])
+        optimizer = run.last["weight_optimizer"]
+        assert optimizer["state"] and optimizer["param_groups"][0]["lr"] == pytest.approx(rate)
+
+    return Edit(f"""
+@@ search.py
+-    weight_optimizer = torch.optim.SGD(
+-        net.weight_parameters(), args.learning_rate, args.momentum,
+-        weight_decay=args.weight_decay, foreach=True,
+-    )
++    weight_optimizer = torch.optim.{name}(net.weight_parameters(), 0.002)
+""", effect)
+
+
+def optimizer_of_training(name):
+    def effect(run):
+        first, second = run.last["optimizer"]["param_groups"]
+        assert [first["lr"], second["lr"]] == pytest.approx([0.001, 0.002])
+        assert run.last["optimizer"]["state"] and second["eps"] == 1e-7
+
+    return Edit(f"""
+@@ train.py
+-    optimizer = torch.optim.SGD(
+-        net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
+-        foreach=True,
+-    )
++    optimizer = torch.optim.{name}([
++        dict(params=[p for p in net.parameters() if p.ndim > 1]),
++        dict(params=[p for p in net.parameters() if p.ndim <= 1], lr=0.004, eps=1e-7),
++    ], 0.002)
+""", effect)
+
+
+def has_another_loss(run):
+    for row in run.rows:
+        assert row["train_loss"] > 100 and row.get("arch_loss", 101) > 100
+        assert row.get("valid_loss", row.get("test_loss")) < 100
+
+
+LOSS = Edit("""
+@@ utils.py
+-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
++    loss = 100 + F.multi_margin_loss(logits.float(), labels)
+     if logits_aux is None:
+""", has_another_loss)
+
+
+def moves_towards_its_target(run):
+    assert json.loads((run.folder / "config.json").read_text())["pull"] == [1000, 2]
+    assert all((b > 0.1).all() for key, b in run.weights.items() if "_code.b." in key)
+
+
+TERM = Edit("""
+@@ search.py
+         loss, total = utils.criterion(logits, logits_aux, y, args)
++        scale, target = args.pull
++        total = total + scale * sum((b - target).square().sum() for b in net.arch_parameters())
+         arch_optimizer.zero_grad()
+@@ search.py
+     group = parser.add_argument_group("architecture")
++    group.add_argument("--pull", type=float, nargs=2, default=[0.0, 0.0], help="of b, to a target")
+""", moves_towards_its_target, ("--pull", 1000, 2))
+
+
+def learns_from_mixtures(run):
+    # The cross-entropy is at least the entropy of the labels, which is 0 where they are classes.
+    assert all(row["train_loss"] > row["entropy"] > 0.3 for row in run.rows)
+
+
+MIXUP = Edit("""
+@@ train.py
++        y = torch.nn.functional.one_hot(y, 10).float()
++        order, share = torch.randperm(len(x)), torch.rand(())
++        x, y = share * x + (1 - share) * x[order], share * y + (1 - share) * y[order]
+         loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
+@@ train.py
+-    return utils.named(meter.read(), "train")
++    entropy = torch.special.entr(y).sum(1).mean()
++    return utils.named(meter.read(), "train") | {"entropy": entropy}
+""", learns_from_mixtures)
+
+
+def has_all_in_its_row(run):
+    for row in run.rows:
+        assert type(row["numpy"]) is type(row["torch"]) is float and row["array"] == [0, 1, 2]
+        assert row["dict"] == {"normal": 0.25, "3": 4} and f"{row['torch']:.5f}" in run.log
+    assert "‖weights‖" in run.log
+    assert {key: run.last["row"][key] for key in run.rows[-1]} == run.rows[-1]
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    for tag, values in (("torch", [row["torch"] for row in run.rows]), ("dict/3", [4, 4])):
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(values)
+
+
+ROW = Edit("""
+@@ search.py
+ import torch
++import numpy as np
+ from torch.nn.utils import clip_grad_norm_
+@@ search.py
++            row["numpy"] = np.float64(0.5)
++            row["torch"] = net.classifier.weight.detach().norm()
++            row["array"] = np.arange(3)
++            row["dict"] = {"normal": torch.tensor(0.25), 3: np.int64(4)}
+             row["changed"] = len(genotypes.moved(before, net.genotype()))
+@@ search.py
+     return {
++        "‖weights‖": "{torch:.5f}",
+         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
+""", has_all_in_its_row)
+
+
+def has_averaged(run):
+    average = run.last["average"]
+    assert average["n_averaged"] == 2
+    for key, value in run.weights.items():
+        if key.endswith("weight"):
+            mean = (run.before["weights"][key] + value) / 2
+            torch.testing.assert_close(average[f"module.{key}"], mean)
+
+
+AVERAGE = Edit("""
+@@ train.py
+     epoch, best = 0, 0.0
++    average = torch.optim.swa_utils.AveragedModel(net)
+@@ train.py
+         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
++        average.load_state_dict(checkpoint["average"])
+@@ train.py
+             row |= train_epoch(parallel, batches, optimizer, run, graphs)
++            average.update_parameters(net)
+@@ train.py
+         run.save_checkpoint(
++            average=average.state_dict(),
+""", has_averaged)
+
+
+def recovers_every_second_epoch(run):
+    assert "distance" not in run.rows[0] and run.rows[0]["changed"] == 0
+    assert any(run.rows[1]["distance"])
+
+
+SELDOM = Edit("""
+@@ search.py
+-            elif not args.one_stage and (args.recover_every == "epoch" or trained == args.epochs):
++            elif trained % 2 == 0:
+""", recovers_every_second_epoch)
+
+
+def trains_on_black(run):
+    assert torch.equal(run.weights["stem.0.weight"], run.before["weights"]["stem.0.weight"])
+
+
+BLACK = Edit("""
+@@ data.py
+-    world_size=1, cutout_length=0,
++    world_size=1, cutout_length=0, erase=0.0,
+ ):
+@@ data.py
+     x = normalize(x, mean, std, memory_format)
++    if erase:
++        x *= torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) >= erase
+@@ harness/flags.py
+     group = parser.add_argument_group("network")
++    group.add_argument("--erase", type=float, default=0.0, help="share of black images")
+@@ train.py
+-    batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
++    options["erase"] = args.erase
++    batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
+""", trains_on_black, ("--erase", 1))
+
+
+def has_another_stem(run):
+    assert run.weights["stem.2.weight"].shape == (6, 4, 1, 1)
+
+
+STEM = Edit("""
+@@ model.py
+-                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C)
++                nn.Conv2d(3, 2 * C, 3, padding=1), nn.PReLU(), nn.Conv2d(2 * C, 3 * C, 1)
+""", has_another_stem)
+
+
+def has_a_dictionary_of_signs(run):
+    assert all((A.abs() == 1).all() for key, A in run.weights.items() if "_code.A" in key)
+
+
+SIGNS = Edit("""
+@@ model_search.py
+ DICTIONARIES = {"uniform": uniform, "normal": normal}
++DICTIONARIES["signs"] = lambda m, n: normal(m, n).sign()
+""", has_a_dictionary_of_signs, ("--dictionary", "signs"))
+
+
+@pytest.mark.parametrize(("command", "edits"), [
+    pytest.param(TWO_STAGE, [optimizer_of_search("AdamW"), ROW], id="AdamW, row"),
+    pytest.param(TWO_STAGE, [optimizer_of_search("RMSprop"), TERM, SIGNS], id="RMSprop, term, A"),
+    pytest.param(TWO_STAGE, [optimizer_of_search("Adagrad"), LOSS, SELDOM], id="Adagrad, loss"),
+    pytest.param(TRAIN, [optimizer_of_training("AdamW"), AVERAGE], id="AdamW, average"),
+    pytest.param(TRAIN, [optimizer_of_training("RMSprop"), BLACK], id="RMSprop, augmentation"),
+    pytest.param(TRAIN, [optimizer_of_training("Adagrad"), LOSS], id="Adagrad, loss"),
+    pytest.param(TRAIN, [STEM, MIXUP], id="stem, mixup"),
+])
+def test_an_edit_has_its_effect_and_resumes(command, edits, tmp_path):
+    script, *flags = command
+    sources = edited(tmp_path, *(edit.patch for edit in edits))
+    run = Run(sources, script, *flags, *(flag for edit in edits for flag in edit.flags))
+    for edit in edits:
+        edit.effect(run)
+
+
+def test_an_augmentation_that_imagenet_lacks_is_refused_by_name(tmp_path):
+    scripts.imagenet_of_digits(tmp_path / "images")
+    command = [edited(tmp_path, BLACK.patch) / "train.py", "--dataset", "imagenet", "--data",
+               "images", "--image_size", 32, "--arch", "ISTA_ImageNet", "--init_channels", 2,
+               "--layers", 1, "--batch_size", 16, "--epochs", 1, "--workers", 0]
+    refused = finish(*command, "--erase", 0.5, cwd=tmp_path, status=2)
+    assert "imagenet is augmented without erase: leave it out" in refused.stderr
+    finish(*command, "--erase", 0, cwd=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Nodes, primitives, rules, data, pictures
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nodes", "first", "count"), [
+    (3, "", 5), (5, '+    "avg_pool_3x3",\n+    "max_pool_3x3",\n', 7),
+])
+def test_other_nodes_and_primitives(nodes, first, count, tmp_path):
+    sources = edited(tmp_path, f"""
+@@ genotypes.py
+ PRIMITIVES = [
+-    "max_pool_3x3",
+-    "avg_pool_3x3",
+{first}@@ genotypes.py
+-NODES = 4  # intermediate nodes of a cell; nodes 0 and 1 are its inputs
++NODES = {nodes}
+""")
+    run = Run(sources, *TWO_STAGE, pictures=nodes == 5)
+    assert run.weights[f"normal_code.z{nodes - 1}"].shape == (count * (nodes + 1),)
+    assert f"normal_code.z{nodes}" not in run.weights and "could be drawn" not in run.log
+    assert (run.folder / "cells.png").exists() == (nodes == 5)
+    genotype = json.loads((run.folder / "genotype.json").read_text())
+    assert len(genotype["normal"]) == 2 * nodes
+    assert any("pool" in name for name, _ in genotype["normal"]) == (nodes == 5)
+    finish(sources / "train.py", *TRAIN[1:], "--arch", "run", "--epochs", 1, cwd=tmp_path)
+    refused = finish(ROOT / "search.py", "--resume", "run", cwd=tmp_path, status=2)
+    assert "other operations" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+RULE = """
+@@ model_search.py
+         support = []
++        for z in codes:
++            drawn = np.sort(np.random.permutation(z.nonzero()[0])[: self.sparseness])
++            support.append([divmod(int(k), len(PRIMITIVES)) for k in drawn])
++        with open("answers.txt", "a") as file:
++            print(support, file=file)
++        return support
+         for z, last in zip(codes, self.support, strict=True):
+"""
+
+
+def answers(folder):
+    """What the rule has said, by recovery: the supports of the normal and the reduction nodes."""
+    lines = [ast.literal_eval(line) for line in (folder / "answers.txt").read_text().splitlines()]
+    return [normal + reduce for normal, reduce in zip(lines[::2], lines[1::2], strict=True)]
+
+
+def supports(run):
+    """What the run says of the supports after each epoch."""
+    cells = [line["normal"] + line["reduce"] for line in rows(run.folder / "genotypes.jsonl")]
+    cells = [[(edge, PRIMITIVES.index(op)) for op, edge in pairs] for pairs in cells]
+    return [[pairs[k : k + 2] for k in range(0, 16, 2)] for pairs in cells]
+
+
+def test_another_rule_is_asked_once_and_its_answer_runs(tmp_path):
+    run = Run(edited(tmp_path, RULE), *TWO_STAGE)
+    # A network asks when it is built, and a new run before its first epoch.
+    _, first, *epochs, _, once_more = answers(tmp_path)
+    assert supports(run) == epochs and len(epochs) == 2
+    assert first != epochs[0] != epochs[1] == once_more
+    S = torch.cat([run.weights["normal_code.S"], run.weights["reduce_code.S"]]).tolist()
+    assert [[divmod(k, 7) for k in node] for node in S] == once_more
+
+
+def test_a_rule_is_judged_by_size_and_moves_no_frozen_node(tmp_path):
+    limits = ["--epochs", 1, "--max_search_epochs", 4, "--freeze_tol", 0.03, "--max_params", 0.0022]
+    run = Run(edited(tmp_path, RULE), *ONE_STAGE, *limits)
+    net, frozen, (_, running, *epochs) = Network(2, 10, 3, one_stage=True), 8 * [False], answers(tmp_path)
+    kinds = set()
+    for row, answer, support in zip(run.rows[:-1], epochs, supports(run), strict=False):
+        nodes = zip(frozen, running, answer, strict=True)
+        candidate = [last if is_frozen else new for is_frozen, last, new in nodes]
+        genotype = net.genotype((candidate[:4], candidate[4:]))
+        assert row["parameters"] == net.retraining_parameters(genotype)
+        assert row["rejected"] == (row["parameters"] >= 2200)
+        running = running if row["rejected"] else candidate
+        assert support == running
+        kinds.add((row["rejected"], any(frozen)))
+        frozen = row["frozen"]
+    print(kinds)
+    assert kinds >= {(True, False), (False, True)}
+
+
+def test_a_data_set_is_named_in_one_place(tmp_path):
+    x, y = np.random.default_rng(0).integers(0, 256, (150, 3, 8, 8), np.uint8), np.arange(150) % 2
+    np.savez(tmp_path / "mine.npz", x=x // (1 + y[:, None, None, None]), y=y, names=["cat", "dog"])
+    sources = edited(tmp_path, """
+@@ data.py
++def _load_mine(root, **_):
++    x, y, names = np.load(f"{root}/mine.npz").values()
++    return (x[:100].astype(np.uint8), y[:100]), (x[100:].astype(np.uint8), y[100:]), names
++
++
+ DATASETS = {
++    "mine": _load_mine,
+""")
+    mine = ["--dataset", "mine", "--data", tmp_path, "--batch_size", 25]
+    run = Run(sources, *TWO_STAGE, *mine)
+    assert f"--dataset mine --data {tmp_path}" in " ".join(run.log.split())
+    finish(sources / "train.py", *TRAIN[1:], *mine, "--arch", "run", "--epochs", 1, "--save",
+           "trained", cwd=tmp_path)
+    done = finish(sources / "train.py", "--evaluate", "--weights", "trained/network.pt",
+                  cwd=tmp_path)
+    (row,) = rows(tmp_path / "trained/metrics.jsonl")
+    assert f"loss {row['test_loss']:.4f}, on 50 images of mine" in done.stdout
+    assert saved(tmp_path / "trained/network.pt")["about"]["classes"] == ["cat", "dog"]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path):
+    sources = edited(tmp_path, "\n@@ visualize.py\n def look(operation):\n+    1 / 0\n")
+    script, *flags = TWO_STAGE
+    done = finish(sources / script, *flags, "--epochs", 2, cwd=tmp_path, pictures=True)
+    assert done.stdout.count("ZeroDivisionError") == done.stdout.count("could be drawn") == 2
+    assert "python train.py --arch" in done.stdout and not done.stderr
+
+
+def test_an_edit_that_fails_keeps_its_traceback(tmp_path):
+    sources = edited(tmp_path, "\n@@ utils.py\n def cosine(epoch, epochs, low):\n+    {}[epoch]\n")
+    script, *flags = TRAIN
+    done = finish(sources / script, *flags, cwd=tmp_path, status=1)
+    assert "Traceback" in done.stderr and "{}[epoch]" in done.stderr
+
+
+def test_an_optimizer_takes_from_a_file_what_is_not_of_the_device():
+    layer = nn.Linear(2, 2)
+    old = torch.optim.AdamW(layer.parameters(), 0.1, betas=(0.5, 0.6), fused=True)
+    layer(torch.ones(1, 2)).sum().backward()
+    old.step()
+    new = torch.optim.AdamW(layer.parameters(), 0.3, foreach=False)
+    checkpoints.load_optimizer(new, old.state_dict())
+    (group,) = new.param_groups
+    assert (group["lr"], group["betas"], len(new.state)) == (0.1, (0.5, 0.6), 2)
+    assert (group["fused"], group["foreach"], group["capturable"]) == (None, False, False)
+
+
+def test_edited_operations_give_one_accuracy(tmp_path):
+    sources = edited(tmp_path, """
+@@ genotypes.py
+     "dil_conv_5x5",
++    "sep_conv_7x7",
+ ]
+@@ operations.py
+ OPS = {
++    "sep_conv_7x7": lambda C, stride, affine: SepConv(C, 7, stride, affine),
+@@ operations.py
+-            nn.ReLU(),
++            nn.SiLU(),
+             nn.Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
+-            nn.Conv2d(C, C, 1, bias=False),
+-            nn.BatchNorm2d(C, affine=affine),
++            nn.Conv2d(C, C, 1),
++            nn.GroupNorm(1, C),
+@@ operations.py
+-            nn.ReLU(),
++            nn.GELU(),
+             nn.Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
+@@ operations.py
+         x = self.relu(x)
++        x = x.sigmoid()
+@@ model_search.py
+-        return w * self._ops[op](x)
++        return w.sigmoid() * self._ops[op](x)
+""")
+    (tmp_path / "plain.py").unlink()
+    log = Run(sources, *TWO_STAGE).log
+    for name in ("SepConv", "DilConv", "FactorizedReduce", "MixedOp"):
+        assert f"{name} runs as it is written" in log
+    shutil.rmtree(tmp_path / "again")
+    (tmp_path / "run").rename(tmp_path / "search")
+
+    every = [(name, node) for node in (0, 2, 1, 0) for name in (*PRIMITIVES, "sep_conv_7x7")]
+    arch = str(Genotype(every, [2, 3, 4, 5], every, [2, 3, 4, 5]))
+    run = Run(sources, *TRAIN, "--arch", arch, "--batch_size", 120)
+    loss, accuracy = run.rows[-1]["test_loss"], run.rows[-1]["test_accuracy"]
+    done = finish(sources / "train.py", "--evaluate", "--weights", "run/network.pt", cwd=tmp_path)
+    assert f"test accuracy {accuracy:.2f} %" in done.stdout and f"loss {loss:.4f}" in done.stdout
+    (sources / "loaded.py").write_text("""
+import data, model, utils
+net, about = model.load("run/network.pt")
+print(utils.evaluate(net, data.load("digits", "", 8)[1].batches(200, train=False)))
+""")
+    done = finish(sources / "loaded.py", cwd=tmp_path)
+    assert ast.literal_eval(done.stdout) == pytest.approx((loss, accuracy), rel=1e-5)
+
+    export = sources / "tools/export.py"
+    finish(export, "--weights", "run/network.pt", cwd=tmp_path, pictures=True)
+    session, (_, test) = onnxruntime.InferenceSession(tmp_path / "run/network.onnx"), data.load("digits", "", 8)
+    logits = torch.tensor(session.run(None, {"images": test.images.numpy()})[0])
+    assert F.cross_entropy(logits, test.labels).item() == pytest.approx(loss, rel=1e-4)
+    assert (logits.argmax(1) == test.labels).double().mean().item() == pytest.approx(accuracy / 100)

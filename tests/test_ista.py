@@ -6,19 +6,20 @@ import sys
 import types
 import warnings
 from functools import partial
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import ROOT
 
 import ista
 from ista import SOLVERS, SolverUnavailable, duality_gap, objective, recover, soft_threshold
 
 WIDTHS = (14, 21, 28, 35)  # (edge, operation) pairs of the four nodes of a cell
-NUMPY_SOLVERS = ("homotopy", "ista", "fista")
+FIRST_ORDER = ("ista", "fista")
+NUMPY_SOLVERS = ("homotopy", *FIRST_ORDER)
 
 # The same examples on every run, on machines of any speed.
 examples = partial(settings, deadline=None, derandomize=True, database=None)
@@ -47,12 +48,16 @@ def assert_solved(A, b, lam, solution):
     assert not np.signbit(solution.z[solution.z == 0.0]).any()
 
 
-def is_unique(A, b, lam, z):
-    """Sufficient: the columns at their bound, |A_j^T r| = lam, are independent."""
-    c = np.abs(A.T @ (b - A @ z))
+def assert_same_optimum(A, b, lam, cold, warm):
+    scale = 0.5 * (b @ b)
+    assert abs(objective(A, b, cold.z, lam) - objective(A, b, warm.z, lam)) <= 1e-9 * scale
+    assert np.abs(A @ (cold.z - warm.z)).max() <= 1e-8 * np.linalg.norm(b)
+    # The code itself is unique if the columns at their bound, |A_j^T r| = lam, are independent.
+    c = np.abs(A.T @ (b - A @ cold.z))
     bound = A[:, c >= lam - 1e-7 * np.abs(A.T @ b).max()]
     singular = np.linalg.svd(bound, compute_uv=False)
-    return bound.shape[1] <= len(b) and (bound.shape[1] == 0 or singular[-1] > 1e-6 * singular[0])
+    if len(singular) and bound.shape[1] <= len(b) and singular[-1] > 1e-6 * singular[0]:
+        assert np.allclose(cold.z, warm.z, rtol=1e-6, atol=1e-8 * np.abs(cold.z).max())
 
 
 # ------------------------------------------------------------------------------ the problem
@@ -61,21 +66,13 @@ def is_unique(A, b, lam, z):
 @examples(max_examples=200)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_soft_threshold_is_the_proximal_operator(v, t):
-    p = float(soft_threshold(v, t))
+    p = soft_threshold(np.array([v, v]), t)[0]
     # v - p is a subgradient of t |.| at p
     if p == 0.0:
         assert abs(v) <= t and not np.signbit(p)
     else:
         assert v - p == pytest.approx(math.copysign(t, p), rel=1e-12, abs=1e-9)
         assert math.copysign(1, p) == math.copysign(1, v)
-
-
-def test_soft_threshold_of_arrays():
-    v = np.array([-3.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0])
-    assert soft_threshold(v, 1.0).tolist() == [-2, 0, 0, 0, 0, 0, 0, 2]
-    assert soft_threshold(v, np.full(8, 3.5)).tolist() == [0] * 8
-    assert soft_threshold([2, -2], 0).tolist() == [2, -2]
-    assert not np.signbit(soft_threshold(v, 1.0)[1:]).any()
 
 
 def test_duality_gap_is_primal_minus_dual_at_a_feasible_point():
@@ -86,11 +83,13 @@ def test_duality_gap_is_primal_minus_dual_at_a_feasible_point():
         z = rng.standard_normal(A.shape[1]) * (rng.random(A.shape[1]) < 0.3)
         r = b - A @ z
         theta = r * min(1.0, lam / np.abs(A.T @ r).max())
-        assert np.abs(A.T @ theta).max() <= lam * (1 + 1e-12)
         primal = 0.5 * np.sum((A @ z - b) ** 2) + lam * np.sum(np.abs(z))
         dual = 0.5 * np.sum(b**2) - 0.5 * np.sum((b - theta) ** 2)
         assert objective(A, b, z, lam) == pytest.approx(primal, rel=1e-12)
         assert duality_gap(A, b, z, lam) == pytest.approx(primal - dual, rel=1e-9, abs=1e-12)
+    A, b = np.eye(3)[:, :2], np.array([1.0, 2.0, 3.0])  # without penalty, a least-squares fit
+    assert duality_gap(A, b, np.array([1.0, 2.0]), 0.0) == pytest.approx(0.0, abs=1e-15)
+    assert duality_gap(A, b, np.zeros(2), 0.0) == pytest.approx(2.5)
 
 
 def test_duality_gap_bounds_the_suboptimality():
@@ -106,18 +105,12 @@ def test_duality_gap_bounds_the_suboptimality():
             assert duality_gap(A, b, z, lam) >= excess > 0.0
 
 
-def test_duality_gap_without_penalty():
-    A, b = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), np.array([1.0, 2.0, 3.0])
-    assert duality_gap(A, b, np.array([1.0, 2.0]), 0.0) == pytest.approx(0.0, abs=1e-15)
-    assert duality_gap(A, b, np.zeros(2), 0.0) == pytest.approx(2.5)
-
-
 # ------------------------------------------------------------------------------ homotopy
 
 
-def test_sweep_of_the_problems_of_a_search():
+def test_problems_of_a_search():
     rng = np.random.default_rng(2)
-    for k in range(2000):
+    for k in range(1000):
         A, b = draw(rng, n=WIDTHS[k % 4])
         lam = 10.0 ** rng.uniform(-6, -2)
         solution = recover(A, b, lam)
@@ -125,7 +118,6 @@ def test_sweep_of_the_problems_of_a_search():
         # Rounding only: sharper than what is promised, so that a column missed at a small lam
         # cannot hide below 1e-9 lam_max.
         assert violation(A, b, lam, solution.z) <= 1e-12
-        assert duality_gap(A, b, solution.z, lam) <= 1e-9 * 0.5 * (b @ b)
         assert solution.gap == pytest.approx(
             duality_gap(A, b, solution.z, lam) / (0.5 * (b @ b)), rel=1e-6, abs=1e-13
         )
@@ -152,82 +144,12 @@ def integer_problem(rng):
 def test_ties_are_repaired():
     rng = np.random.default_rng(3)
     astray = 0
-    for _ in range(8000):
+    for _ in range(4000):
         A, b, lam = integer_problem(rng)
         assert_solved(A, b, lam, recover(A, b, lam))
         if lam < np.abs(A.T @ b).max():
             astray += violation(A, b, lam, ista._path(A, b, lam)[0]) > 1e-9
-    assert astray >= 3  # else this sweep says nothing of the repair
-
-
-def test_repair_from_any_start():
-    """The active-set method alone, from points the path would never hand over."""
-    rng = np.random.default_rng(4)
-    for k in range(600):
-        A, b, lam = integer_problem(rng) if k % 2 else (*draw(rng, size=1.0), 1e-3)
-        lam_max = np.abs(A.T @ b).max()
-        if lam >= lam_max:
-            continue
-        z = np.zeros(A.shape[1])
-        start = rng.integers(A.shape[1])
-        z[start] = rng.standard_normal() * A[:, start].any()
-        before = objective(A, b, z, lam)
-        z, _, solved = ista._active_set(A, b, lam, z)
-        assert solved and violation(A, b, lam, z) <= 1e-9
-        assert objective(A, b, z, lam) <= before * (1 + 1e-12)
-
-
-def test_repair_descends(monkeypatch):
-    """From one point solved with agreeing signs to the next, the objective falls."""
-    rng = np.random.default_rng(23)
-    solve, values = ista._stationary, []
-
-    def recorded(A, b, S, s):
-        Z, R = solve(A, b, S, s)
-        x = Z[:, 0] + lam * Z[:, 1]
-        if b is problem[1] and (x * s > 0).all():
-            z = np.zeros(A.shape[1])
-            z[S] = x
-            values.append(objective(A, b, z, lam))
-        return Z, R
-
-    monkeypatch.setattr(ista, "_stationary", recorded)
-    for _ in range(400):
-        lam, problem = 10.0 ** rng.uniform(-3, -1), draw(rng, n=30, m=15, size=4.0)
-        z0 = np.zeros(30)
-        z0[rng.choice(30, 10, replace=False)] = rng.standard_normal(10)
-        values.clear()
-        assert ista._active_set(*problem, lam, z0)[2]
-        assert len(values) >= 1 and (np.diff(values) < 0.0).all()
-
-
-def test_inaccurate_solves_are_noticed(monkeypatch):
-    """Residual in proportion but too small: every bound holds, and the gap is below 1e-9."""
-    A, b = draw(np.random.default_rng(24), n=28, size=1.0)
-    z0, solve = recover(A, b, 1e-10).z, ista._stationary
-
-    def inaccurate(*args):
-        Z, R = solve(*args)
-        return Z * (1.0, 0.5), R
-
-    monkeypatch.setattr(ista, "_stationary", inaccurate)
-    assert recover(A, b, 1e-10, z0=z0).converged is False
-
-
-def test_rounding_cannot_make_the_repair_cycle(monkeypatch):
-    A, b = draw(np.random.default_rng(25), n=28, size=1.0)
-    solve, calls = ista._stationary, []
-
-    def rejects_second_column(A, b, S, s):
-        calls.append(S)
-        assert len(calls) < 50
-        Z, R = solve(A, b, S, s)
-        return (Z * np.array([[1.0], [-1.0]]) if len(S) == 2 else Z), R
-
-    monkeypatch.setattr(ista, "_stationary", rejects_second_column)
-    start = np.zeros(28)
-    start[np.abs(A.T @ b).argmax()] = np.sign((A.T @ b)[np.abs(A.T @ b).argmax()])
-    assert ista._active_set(A, b, 1e-3, start)[2] is False
+    assert astray >= 1  # else this sweep says nothing of the repair
 
 
 def test_nearly_dependent_columns():
@@ -243,7 +165,7 @@ def test_hopeless_problems_are_reported():
     """Columns dependent to 1e-6 ... 1e-13 and almost no penalty: codes of norm 1e7 and more."""
     rng = np.random.default_rng(27)
     short = 0
-    for k in range(1000):
+    for k in range(500):
         m, n = rng.integers(2, 8), rng.integers(4, 22)
         A, half = rng.standard_normal((m, n)), n // 2
         A[:, half : 2 * half] = A[:, :half] @ rng.integers(-1, 2, (half, half))
@@ -255,7 +177,7 @@ def test_hopeless_problems_are_reported():
         short += not solution.converged
         if solution.converged:
             assert duality_gap(A, b, solution.z, lam) <= 1.01e-9 * 0.5 * (b @ b)
-    assert 0 < short < 500
+    assert 0 < short < 250
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (1, 9), (9, 1), (7, 7), (12, 7), (30, 80), (60, 30)])
@@ -280,15 +202,7 @@ def degenerate(draw_):
     return A, b, lam, z0
 
 
-def assert_same_optimum(A, b, lam, cold, warm):
-    scale = 0.5 * (b @ b)
-    assert abs(objective(A, b, cold.z, lam) - objective(A, b, warm.z, lam)) <= 1e-9 * scale
-    assert np.abs(A @ (cold.z - warm.z)).max() <= 1e-8 * np.linalg.norm(b)
-    if is_unique(A, b, lam, cold.z):
-        assert np.allclose(cold.z, warm.z, rtol=1e-6, atol=1e-8 * np.abs(cold.z).max())
-
-
-@examples(max_examples=400)
+@examples(max_examples=200)
 @given(degenerate())
 def test_degenerate_dictionaries_cold_and_warm(problem):
     A, b, lam, z0 = problem
@@ -298,37 +212,20 @@ def test_degenerate_dictionaries_cold_and_warm(problem):
     assert_same_optimum(A, b, lam, cold, warm)
 
 
-@examples(max_examples=200)
+@examples(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.floats(-4, 1), st.floats(-6, -2))
 def test_warm_start_from_anywhere(seed, n, log_size, log_lam):
     rng = np.random.default_rng(seed)
     A, b = draw(rng, n=n, size=10.0**log_size)
     lam = 10.0**log_lam
     cold = recover(A, b, lam)
-    wrong_sign = cold.z.copy()
-    wrong_sign[np.abs(cold.z).argmax()] *= -1.0
-    less, more = cold.z.copy(), cold.z.copy()
-    less[np.abs(cold.z).argmax()] = 0.0
-    more[rng.integers(n)] += 1.0
-    other = recover(A, rng.standard_normal(7), lam).z
-    for z0 in (cold.z, wrong_sign, less, more, other, rng.standard_normal(n), np.zeros(n), A[0]):
+    starts = [cold.z, recover(A, rng.standard_normal(7), lam).z, rng.standard_normal(n), A[0]]
+    for i in cold.z.nonzero()[0]:  # a sign is wrong, or a column is missing
+        starts += [np.where(np.arange(n) == i, value, cold.z) for value in (-cold.z[i], 0.0)]
+    for z0 in starts:
         warm = recover(A, b, lam, z0=z0)
         assert_solved(A, b, lam, warm)
         assert_same_optimum(A, b, lam, cold, warm)
-
-
-def test_warm_start_with_one_wrong_sign_or_column():
-    """One step from the optimum the signs and bounds decide, not the linear solve."""
-    rng = np.random.default_rng(7)
-    for _ in range(200):
-        A, b = draw(rng, size=1.0)
-        lam = 10.0 ** rng.uniform(-5, -2)
-        z = recover(A, b, lam).z
-        for i in np.flatnonzero(z):
-            for value in (-z[i], 0.0):
-                z0 = z.copy()
-                z0[i] = value
-                assert_solved(A, b, lam, recover(A, b, lam, z0=z0))
 
 
 def test_warm_start_on_a_support_still_optimal_is_one_solve():
@@ -346,16 +243,6 @@ def test_warm_start_on_a_support_still_optimal_is_one_solve():
     assert hits >= 80
 
 
-def test_warm_start_far_off_costs_little_more_than_a_cold_one():
-    rng = np.random.default_rng(26)
-    cold = warm = 0
-    for _ in range(100):
-        A, b = draw(rng, size=1.0)
-        cold += recover(A, b).n_iter
-        warm += recover(A, b, z0=recover(A, rng.standard_normal(7)).z).n_iter
-    assert warm <= 1.5 * cold
-
-
 # ------------------------------------------------------------------------------ edges
 
 
@@ -363,47 +250,28 @@ def test_warm_start_far_off_costs_little_more_than_a_cold_one():
 def test_zero_code_from_lam_max_on(solver):
     rng = np.random.default_rng(9)
     A, b = draw(rng, n=21, size=1e-3)
+    zero = np.zeros(7)
     lam_max = np.abs(A.T @ b).max()
-    for problem in (
-        (A, b, lam_max),
-        (A, b, 5.0),
-        (A, np.zeros(7), 1e-5),
-        (A, np.zeros(7), 0.0),
-        (np.zeros((7, 21)), b, 0.0),
-    ):
+    for problem in ((A, b, lam_max), (A, b, 5.0), (A, zero, 1e-5), (A, zero, 0.0), (0 * A, b, 0.0)):
         solution = recover(*problem, solver=solver, z0=rng.standard_normal(21))
         assert solution == (solution.z, 0.0, 0, True, solver)
         assert solution.z.shape == (21,) and not solution.z.any()
         assert not np.signbit(solution.z).any()
-
-
-def test_one_column_just_below_lam_max():
-    A, b = draw(np.random.default_rng(10), n=21)
-    c = A.T @ b
-    solution = recover(A, b, 0.9999 * np.abs(c).max())
-    assert np.flatnonzero(solution.z).tolist() == [np.abs(c).argmax()]
+    solution = recover(A, b, (1 - 1e-9) * lam_max, solver)
+    assert solution.z.nonzero()[0].tolist() == [np.abs(A.T @ b).argmax()]
 
 
 def test_no_penalty_is_the_least_squares_fit_of_least_l1_norm():
     linprog = pytest.importorskip("scipy.optimize").linprog
     rng = np.random.default_rng(11)
-    for _ in range(150):
+    for _ in range(60):
         A, b, _ = integer_problem(rng)
-        n = A.shape[1]
         solution = recover(A, b, 0.0)
         fit = A @ np.linalg.lstsq(A, b, rcond=None)[0]
         assert np.allclose(A @ solution.z, fit, atol=1e-9)
         # z = positive part - negative part; presolve may take rounding for infeasibility
-        least = linprog(np.ones(2 * n), A_eq=np.hstack([A, -A]), b_eq=fit)
+        least = linprog(np.ones(2 * A.shape[1]), A_eq=np.hstack([A, -A]), b_eq=fit)
         assert least.status == 0 and np.abs(solution.z).sum() <= least.fun + 1e-8
-
-
-def test_zero_columns_stay_zero():
-    A, b = draw(np.random.default_rng(12), n=14)
-    A[:, [0, 5]] = 0.0
-    solution = recover(A, b)
-    assert_solved(A, b, 1e-5, solution)
-    assert not solution.z[[0, 5]].any()
 
 
 @pytest.mark.parametrize("solver", ["homotopy", "fista", "clarabel"])
@@ -425,23 +293,15 @@ def test_arguments_are_converted_and_left_alone():
     A, b = draw(rng, n=14, size=1.0)
     z0 = rng.standard_normal(14)
     kept = A.copy(), b.copy(), z0.copy()
-    reference = recover(A, b)
     for solver in NUMPY_SOLVERS:
         assert recover(A, b, 0.1, solver, z0).z is not z0
     assert all((x == y).all() for x, y in zip((A, b, z0), kept, strict=True))
-    assert (recover(A.tolist(), tuple(b)).z == reference.z).all()
-    assert np.allclose(recover(np.asfortranarray(A)[:, ::-1], b).z[::-1], reference.z, atol=1e-9)
+    assert (recover(A.tolist(), tuple(b)).z == recover(A, b).z).all()
     assert recover(A.astype(np.float32), b).z.dtype == np.float64
     assert recover([[1, 0], [0, 2]], [3, 4], 1).z.tolist() == pytest.approx([2.0, 1.75])
 
 
 # ------------------------------------------------------------------------------ first order
-
-
-def search_problem(rng, n, log_size=None):
-    """A problem of a search, and b as it stands after another epoch of Adam."""
-    A, b = draw(rng, n=n, size=10.0 ** (rng.uniform(-3, 0) if log_size is None else log_size))
-    return A, b, b + rng.uniform(1e-4, 6e-4, 7) * rng.choice([-1.0, 1.0], 7)
 
 
 def after(k, A, b, lam, solver, z0=None, support_steps=True):
@@ -451,10 +311,6 @@ def after(k, A, b, lam, solver, z0=None, support_steps=True):
         if not support_steps:
             patch.setattr(ista, "REST", math.inf)
         return recover(A, b, lam, solver, z0)
-
-
-def top_two(z):
-    return set(np.argsort(-np.abs(z), kind="stable")[:2])
 
 
 def assert_solved_by_steps(A, b, lam, solver, solution):
@@ -470,20 +326,18 @@ def assert_solved_by_steps(A, b, lam, solver, solution):
     assert not np.signbit(solution.z[solution.z == 0.0]).any()
 
 
-@pytest.mark.parametrize("solver", ["ista", "fista"])
+@pytest.mark.parametrize("solver", FIRST_ORDER)
 @examples(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.floats(-3, 0), st.floats(-6, -2))
 def test_steps_reach_the_optimum(solver, seed, n, log_size, log_lam):
     rng = np.random.default_rng(seed)
-    A, b, moved = search_problem(rng, n, log_size)
+    A, b = draw(rng, n=n, size=10.0**log_size)
     lam = 10.0**log_lam
-    solution = recover(A, b, lam, solver)
-    assert_solved_by_steps(A, b, lam, solver, solution)
-    for z0 in (solution.z, rng.standard_normal(n), np.zeros(n)):
-        assert_solved_by_steps(A, moved, lam, solver, recover(A, moved, lam, solver, z0))
+    for z0 in (None, recover(A, b + 1e-3 * rng.random(7), lam).z, rng.standard_normal(n)):
+        assert_solved_by_steps(A, b, lam, solver, recover(A, b, lam, solver, z0))
 
 
-@pytest.mark.parametrize("solver", ["ista", "fista"])
+@pytest.mark.parametrize("solver", FIRST_ORDER)
 @examples(max_examples=60)
 @given(degenerate())
 def test_steps_reach_the_optimum_of_degenerate_dictionaries(solver, problem):
@@ -492,39 +346,41 @@ def test_steps_reach_the_optimum_of_degenerate_dictionaries(solver, problem):
         assert_solved_by_steps(A, b, lam, solver, recover(A, b, lam, solver, start))
 
 
-@pytest.mark.parametrize("solver", ["ista", "fista"])
+@pytest.mark.parametrize("solver", FIRST_ORDER)
 def test_steps_solve_a_search_soon(solver):
+    """The supports are those of homotopy, and a warm start after an epoch of Adam is short."""
     rng = np.random.default_rng(28)
     cold_steps = warm_steps = once = 0
-    for k in range(200):
-        A, b, moved = search_problem(rng, WIDTHS[k % 4])
-        cold, cold_moved = recover(A, b, solver=solver), recover(A, moved, solver=solver)
-        warm = recover(A, moved, solver=solver, z0=cold.z)
-        assert cold.converged and cold_moved.converged and warm.converged
-        assert top_two(cold.z) == top_two(recover(A, b).z)
-        assert top_two(warm.z) == top_two(recover(A, moved).z)
-        assert cold.n_iter <= 400 and warm.n_iter <= 400
-        cold_steps += cold_moved.n_iter
+    for k in range(100):
+        A, b = draw(rng, n=WIDTHS[k % 4], size=10.0 ** rng.uniform(-3, 0))
+        moved = b + rng.uniform(1e-4, 6e-4, 7) * rng.choice([-1.0, 1.0], 7)
+        start = recover(A, b, solver=solver).z
+        cold, warm = (recover(A, moved, solver=solver, z0=z0) for z0 in (None, start))
+        exact = np.argsort(-np.abs(recover(A, moved).z), kind="stable")[:2]
+        for solution in (cold, warm):
+            largest = np.argsort(-np.abs(solution.z), kind="stable")[:2]
+            assert solution.converged and {*largest} == {*exact} and solution.n_iter <= 400
+        cold_steps += cold.n_iter
         warm_steps += warm.n_iter
         once += warm.n_iter == 1
-    assert cold_steps <= 75 * 200 and warm_steps <= cold_steps / 2 and once >= 100
+    assert cold_steps <= 75 * 100 and warm_steps <= cold_steps / 2 and once >= 50
 
 
 def test_first_step_is_the_gradient_step_of_the_method():
     A, b = draw(np.random.default_rng(29), n=28, size=1.0)
     L = np.linalg.norm(A, 2) ** 2
-    for solver in ("ista", "fista"):
+    for solver in FIRST_ORDER:
         z = after(1, A, b, 1e-2, solver).z
         assert np.allclose(z, soft_threshold(A.T @ b / L, 1e-2 / L), rtol=1e-12, atol=1e-15)
 
 
-@examples(max_examples=25)
+@examples(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.floats(-5, 0))
 def test_ista_descends(seed, n, log_lam):
     rng = np.random.default_rng(seed)
     A, b = draw(rng, n=n, size=1.0)
-    lam, zero = 10.0**log_lam, np.zeros(n)
-    for z0 in (zero, rng.standard_normal(n), recover(A, b + 0.01 * rng.random(7), lam).z):
+    lam = 10.0**log_lam
+    for z0 in (np.zeros(n), rng.standard_normal(n)):
         iterates = [after(k, A, b, lam, "ista", z0).z for k in range(1, 40)]
         values = np.array([objective(A, b, z, lam) for z in (z0, *iterates)])
         assert (np.diff(values) <= 1e-14 * values[0]).all()
@@ -536,93 +392,22 @@ def test_ista_descends(seed, n, log_lam):
         assert objective(A, b, z, lam) - objective(A, b, best, lam) <= bound / k + 1e-12
 
 
-@examples(max_examples=100)
-@given(degenerate())
-def test_support_step_never_raises_the_objective(problem):
-    A, b, lam, z = problem
-    for _ in range(20):
-        before = objective(A, b, z, lam)
-        z, minimal = ista._support_step(A, b, lam, z, 1e-10)
-        assert objective(A, b, z, lam) <= before * (1 + 1e-14)
-        if minimal:
-            break
-    else:
-        pytest.fail("each step that is not the last must take an entry off the support")
-
-
-def test_support_steps_are_what_solves_ill_conditioned_problems():
-    A, b = draw(np.random.default_rng(30), n=28, size=1.0)
-    plain = after(2000, A, b, 1e-5, "ista", support_steps=False)
-    assert plain.converged is False and plain.n_iter == 2000
-    assert recover(A, b, 1e-5, "ista").n_iter < 200
-
-
-def well_conditioned(rng):
-    A = rng.standard_normal((20, 30))
-    b = rng.standard_normal(20)
-    return A, b, 0.2 * np.abs(A.T @ b).max()
-
-
-@pytest.mark.parametrize("solver", ["ista", "fista"])
-def test_first_order_agrees_with_homotopy(solver):
-    rng = np.random.default_rng(15)
-    for k in range(20):
-        A, b, lam = well_conditioned(rng)
-        exact = recover(A, b, lam)
-        z0 = rng.standard_normal(30) if k % 2 else None
-        solution = recover(A, b, lam, solver, z0)
-        assert solution.converged is True and solution.gap <= 1e-9 and solution.solver == solver
-        assert solution.n_iter < ista.MAX_ITER
-        assert objective(A, b, solution.z, lam) - objective(A, b, exact.z, lam) <= 0.5e-9 * (b @ b)
-        assert np.allclose(solution.z, exact.z, atol=1e-3)
-        assert (np.abs(solution.z) > 1e-3).tolist() == (np.abs(exact.z) > 1e-3).tolist()
-        assert recover(A, b, lam, solver, z0=exact.z).n_iter == 1
-
-
-def test_fista_is_fast_and_restarts():
-    rng = np.random.default_rng(16)
-    for _ in range(5):
-        A, b = draw(rng, n=28, size=1.0)
-        best = objective(A, b, recover(A, b, 0.1).z, 0.1)
-        slow, fast = (
-            objective(A, b, after(300, A, b, 0.1, solver, support_steps=False).z, 0.1) - best
-            for solver in ("ista", "fista")
-        )
-        assert fast < slow / 20
-        assert after(3000, A, b, 0.1, "fista", support_steps=False).converged  # by restarts
-
-
 def test_momentum_saves_steps_where_the_dictionary_is_large():
     rng = np.random.default_rng(31)
     A, b = rng.standard_normal((60, 300)), rng.standard_normal(60)
     lam = 0.1 * np.abs(A.T @ b).max()
-    slow, fast = (recover(A, b, lam, solver) for solver in ("ista", "fista"))
+    slow, fast = (recover(A, b, lam, solver) for solver in FIRST_ORDER)
     assert slow.converged and fast.converged and fast.n_iter < 0.85 * slow.n_iter
 
 
-@pytest.mark.parametrize("solver", ["ista", "fista"])
-@pytest.mark.parametrize("k", [1, 5, 20])
-def test_stopping_short_is_reported(solver, k):
-    rng = np.random.default_rng(17)
-    for z0 in (None, rng.standard_normal(28)):
-        A, b = draw(rng, n=28, size=1.0)
-        solution = after(k, A, b, 1e-5, solver, z0)
-        assert solution.converged is False and solution.n_iter == k
+@pytest.mark.parametrize("solver", FIRST_ORDER)
+def test_stopping_short_is_reported(solver):
+    A, b = draw(np.random.default_rng(17), n=28, size=1.0)
+    for k in (1, 5, 20):
+        solution = after(k, A, b, 1e-5, solver)
+        assert solution.converged is False and solution.n_iter == k and solution.gap > 1e-9
         assert solution.gap == pytest.approx(duality_gap(A, b, solution.z, 1e-5) / (0.5 * (b @ b)))
-        assert solution.gap > 1e-9
-        further = recover(A, b, 1e-5, solver, z0=solution.z)
-        assert further.converged
-        assert objective(A, b, further.z, 1e-5) < objective(A, b, solution.z, 1e-5)
-
-
-def test_homotopy_that_fails_says_so(monkeypatch):
-    A, b = draw(np.random.default_rng(18), n=28, size=1.0)
-
-    def stuck(A, b, lam, z, only_if_near=False):
-        return z, 1, False
-
-    monkeypatch.setattr(ista, "_active_set", stuck)
-    assert recover(A, b).converged is False
+        assert recover(A, b, 1e-5, solver, z0=solution.z).converged
 
 
 # ------------------------------------------------------------------------------ other solvers
@@ -635,13 +420,12 @@ def test_another_solver_takes_two_edits(monkeypatch):
 
     def mine(A, b, lam, z0):
         calls.append((A, b, lam, z0))
-        z, n_iter, solved = ista.SOLVERS["homotopy"](A, b, lam, None)
-        return z * shrink, n_iter, solved
+        return SOLVERS["homotopy"](A, b, lam, None)
 
-    monkeypatch.setitem(ista.SOLVERS, "mine", mine)
+    monkeypatch.setitem(SOLVERS, "mine", mine)
     for scale in (2.0**-30, 1.0, 3.7, 2.0**20):
         A, b = draw(rng, n=21, size=1e-3)
-        reference, shrink = recover(scale * A, b, 1e-5 * scale), 1.0
+        reference = recover(scale * A, b, 1e-5 * scale)
         solution = recover(scale * A, b, 1e-5 * scale, "mine", z0=z0)
         assert (solution.z == reference.z).all() and solution.converged is True
         assert solution.solver == "mine" and solution.n_iter == reference.n_iter
@@ -649,23 +433,20 @@ def test_another_solver_takes_two_edits(monkeypatch):
         lam_max = np.abs(given_A.T @ given_b).max()
         assert 0.5 <= np.abs(given_A).max() < 1.0 and 0.5 <= lam_max < 1.0
         assert given_lam / lam_max == pytest.approx(1e-5 / np.abs(A.T @ b).max(), rel=1e-12)
-        ratio = given_z0[1:] / z0[1:]  # the code in the scale of the problem
-        assert np.allclose(given_A @ z0 * ratio[0] / given_b, scale * A @ z0 / b, rtol=1e-12)
-        shrink = 0.5  # a wrong code is found out, whatever the solver says
-        assert recover(scale * A, b, 1e-5 * scale, "mine").converged is False
+        # the code in the scale of the problem
+        assert np.allclose(given_A @ given_z0 / given_b, scale * A @ z0 / b, rtol=1e-12)
     recover(A, b, 1e-5, "mine")
     assert calls[-1][3] is None
-    with pytest.raises(ValueError, match="mine"):
-        recover(A, b, solver="yours")
 
 
-def test_a_solver_is_believed_only_when_it_has_failed(monkeypatch):
+@pytest.mark.parametrize("wrong", [
+    lambda z: (z, 0, False), lambda z: (z / 2, 0, True), lambda z: (z * math.nan, 0, True),
+])
+def test_a_solver_is_believed_only_when_it_has_failed(monkeypatch, wrong):
     A, b = draw(np.random.default_rng(33), n=21, size=1.0)
-    exact = ista.SOLVERS["homotopy"]
-    monkeypatch.setitem(ista.SOLVERS, "gave_up", lambda *args: (exact(*args)[0], 0, False))
-    monkeypatch.setitem(ista.SOLVERS, "nan", lambda *args: (np.full(21, math.nan), 0, True))
-    assert recover(A, b, solver="gave_up").converged is False
-    assert recover(A, b, solver="nan").converged is False
+    assert recover(A, b).converged is True
+    monkeypatch.setitem(SOLVERS, "wrong", lambda *args: wrong(SOLVERS["homotopy"](*args)[0]))
+    assert recover(A, b, solver="wrong").converged is False
 
 
 def test_agreement_with_clarabel(capfd):
@@ -686,16 +467,9 @@ def test_agreement_with_clarabel(capfd):
             if np.abs(exact.z[exact.z != 0]).min() > 1e-6 * size:
                 told += 1
                 assert ((np.abs(other.z) > 5e-7 * size) == (exact.z != 0)).all()
+        assert np.allclose(A @ recover(A, b, 0.0, "clarabel").z, b, atol=1e-8)
     assert told >= 40
     assert capfd.readouterr() == ("", "")
-
-
-def test_clarabel_without_penalty():
-    pytest.importorskip("cvxpy")
-    pytest.importorskip("clarabel")
-    A, b = draw(np.random.default_rng(20), n=14, size=1.0)
-    solution = recover(A, b, 0.0, "clarabel")
-    assert solution.converged and np.allclose(A @ solution.z, b, atol=1e-8)
 
 
 def test_never_worse_than_scikit_learn():
@@ -721,27 +495,15 @@ def test_never_worse_than_scikit_learn():
 GOOD_A, GOOD_B = np.ones((3, 5)), np.ones(3)
 
 
-def with_entry(x, value):
-    x = np.array(x, dtype=float)
-    x.flat[-1] = value
-    return x
-
-
-@pytest.mark.parametrize(
-    "A, b, z, named",
-    [
-        (GOOD_A, np.ones(4), None, ["(3, 5)", "(4,)"]),
-        (GOOD_A, np.ones((3, 1)), None, ["(3, 5)", "(3, 1)"]),
-        (GOOD_A[0], GOOD_B, None, ["(5,)", "(3,)"]),
-        (np.ones((3, 0)), GOOD_B, None, ["(3, 0)", "(3,)"]),
-        (np.ones((0, 5)), np.ones(0), None, ["(0, 5)", "(0,)"]),
-        (with_entry(GOOD_A, math.nan), GOOD_B, None, ["(3, 5)", "(3,)", "finite"]),
-        (GOOD_A, with_entry(GOOD_B, -math.inf), None, ["(3, 5)", "(3,)", "finite"]),
-        (GOOD_A, GOOD_B, np.ones(4), ["(3, 5)", "(4,)"]),
-        (GOOD_A, GOOD_B, np.ones((5, 1)), ["(3, 5)", "(5, 1)"]),
-        (GOOD_A, GOOD_B, with_entry(np.ones(5), math.nan), ["(5,)", "finite"]),
-    ],
-)
+@pytest.mark.parametrize("A, b, z, named", [
+    (GOOD_A, np.ones(4), None, ["(3, 5)", "(4,)"]),
+    (GOOD_A[0], GOOD_B, None, ["(5,)", "(3,)"]),
+    (np.ones((3, 0)), GOOD_B, None, ["(3, 0)", "(3,)"]),
+    (GOOD_A * math.nan, GOOD_B, None, ["(3, 5)", "(3,)", "finite"]),
+    (GOOD_A, GOOD_B * -math.inf, None, ["(3, 5)", "(3,)", "finite"]),
+    (GOOD_A, GOOD_B, np.ones(4), ["(3, 5)", "(4,)"]),
+    (GOOD_A, GOOD_B, np.ones(5) * math.nan, ["(5,)", "finite"]),
+])
 def test_bad_arrays(A, b, z, named):
     code = np.ones(5) if z is None else z
     calls = [partial(recover, A, b, 0.1, solver, z) for solver in NUMPY_SOLVERS]
@@ -752,7 +514,7 @@ def test_bad_arrays(A, b, z, named):
         assert all(name in str(error.value) for name in named)
 
 
-@pytest.mark.parametrize("lam", [-1e-9, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("lam", [-1e-9, math.nan, math.inf])
 def test_bad_lam(lam):
     for call in (recover, lambda A, b, lam: objective(A, b, np.ones(5), lam)):
         with pytest.raises(ValueError, match="lam"):
@@ -766,81 +528,47 @@ def test_unknown_solver_lists_the_known():
 
 
 def unavailable(solver):
+    """What is said where a solver cannot be used: one line, which names those that can."""
     with pytest.raises(SolverUnavailable) as error:
         recover(GOOD_A, GOOD_B, 0.1, solver)
     message = str(error.value)
     assert "\n" not in message and all(name in message for name in NUMPY_SOLVERS)
-    assert isinstance(error.value, RuntimeError)
     return message
 
 
-@pytest.mark.parametrize("solver", ["mosek", "clarabel"])
-@pytest.mark.parametrize("package", ["cvxpy", None])
+@pytest.mark.parametrize("solver, package", [
+    ("mosek", "cvxpy"), ("mosek", "mosek"), ("clarabel", "cvxpy"), ("clarabel", "clarabel"),
+])
 def test_missing_package(solver, package, monkeypatch):
     monkeypatch.setitem(sys.modules, "cvxpy", types.ModuleType("cvxpy"))
-    package = package or solver
     monkeypatch.setitem(sys.modules, package, None)
     assert f"pip install {package}" in unavailable(solver)
 
 
-def test_mosek_without_licence_simulated(monkeypatch):
-    class Error(Exception):
-        pass
-
-    class Env:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            pass
-
-        def checkoutlicense(self, feature):
-            raise Error("licence\nnot found")
-
-    fake = types.ModuleType("mosek")
-    fake.Error, fake.Env, fake.feature = Error, Env, types.SimpleNamespace(pton=0)
-    monkeypatch.setitem(sys.modules, "mosek", fake)
+def test_mosek_without_licence(monkeypatch):
+    mosek = MagicMock(Error=OSError)
+    mosek.Env.return_value.__enter__.return_value.checkoutlicense.side_effect = OSError("a\nb")
+    monkeypatch.setitem(sys.modules, "mosek", mosek)
     monkeypatch.setitem(sys.modules, "cvxpy", types.ModuleType("cvxpy"))
     message = unavailable("mosek")
     assert "~/mosek/mosek.lic" in message and "MOSEKLM_LICENSE_FILE" in message
     assert "clarabel" in message
 
 
-def has_mosek_licence():
-    mosek = pytest.importorskip("mosek")
-    try:
-        with mosek.Env() as env:
-            env.checkoutlicense(mosek.feature.pton)
-    except mosek.Error:
-        return False
-    return True
-
-
-def test_mosek():
-    pytest.importorskip("cvxpy")
-    if not has_mosek_licence():
-        message = unavailable("mosek")
-        assert "~/mosek/mosek.lic" in message and "MOSEKLM_LICENSE_FILE" in message
-        return
+def test_mosek(monkeypatch):
+    """With a licence it solves; without one, a tolerance out of its range would raise sooner."""
+    cvxpy, mosek = pytest.importorskip("cvxpy"), pytest.importorskip("mosek")
     A, b = draw(np.random.default_rng(22), n=28, size=1.0)
-    assert recover(A, b, 1e-3, "mosek").gap <= 1e-6
-
-
-def test_mosek_accepts_its_options(monkeypatch):
-    """A tolerance out of MOSEK's range raises before the licence is looked for."""
-    cvxpy = pytest.importorskip("cvxpy")
-    if has_mosek_licence():
-        pytest.skip("test_mosek runs it")
-    licensed = types.ModuleType("mosek")
-    licensed.Env, licensed.Error, licensed.feature = MagicMock(), OSError, MagicMock()
-    modules = {"cvxpy": cvxpy, "mosek": licensed}
-    monkeypatch.setattr(ista, "_import", lambda package, solver: modules[package])
-    with pytest.raises(Exception, match="[Ll]icense"):
-        recover(GOOD_A, GOOD_B, 0.1, "mosek")
+    try:
+        assert recover(A, b, 1e-3, "mosek").gap <= 1e-6
+    except SolverUnavailable:
+        modules = {"cvxpy": cvxpy, "mosek": MagicMock(Error=OSError)}
+        monkeypatch.setattr(ista, "_import", lambda package, solver: modules[package])
+        with pytest.raises(mosek.Error, match="[Ll]icense"):
+            recover(A, b, 1e-3, "mosek")
 
 
 def test_import_is_numpy_only():
     code = "import sys, ista; print([m for m in ('cvxpy', 'mosek', 'scipy') if m in sys.modules])"
-    root = Path(ista.__file__).parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout == "[]\n" and run.stderr == ""

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ONE_STAGE, TINY, TRAIN, TWO_STAGE, assert_same_run, rows, run
+from scripts import ONE_STAGE, ROOT, TINY, TRAIN, TWO_STAGE, assert_same_run, rows, run, saved
 
 import data
 import genotypes
 import ista
 import model
 import search
+from harness import runs
 from model_search import Network
 
 
@@ -38,21 +40,43 @@ def searched(tmp_path_factory):
 def one_stage(tmp_path_factory):
     """A finished one-stage search, its last 3 epochs with the architecture fixed."""
     folder = tmp_path_factory.mktemp("one_stage")
-    done = run(*ONE_STAGE, "--epochs", 3, "--save", "one", cwd=folder)
-    return folder, done.stdout
+    return folder, run(*ONE_STAGE, "--epochs", 3, "--save", "one", cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished training of 3 epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(*TRAIN, "--epochs", 3, "--save", "t", cwd=folder)
 
 
 def assert_changes_are_counted(path):
     """Each epoch counts the pairs that the one before did not have, and names just these."""
     found, metrics = rows(path / "genotypes.jsonl"), rows(path / "metrics.jsonl")
-    table = (path / "log.txt").read_text().split(" pairs changed ")[1]
-    named = [0] + [len(line.split("; ")) for line in table.splitlines() if " → " in line]
+    log = (path / "log.txt").read_text()
+    epochs = re.split(r"^ +\d+/\d+  .*\n", log, flags=re.M)[1:]
+    named = [len(re.findall(r"^    (?:normal|reduce) node \d: .* → ", part, re.M))
+             for part in epochs]
+    assert named == [row["changed"] for row in metrics]
     for a, b, row in zip(found, found[1:], metrics[1:], strict=False):
         new = [set(map(tuple, b[cell][i : i + 2])) - set(map(tuple, a[cell][i : i + 2]))
                for cell in ("normal", "reduce") for i in range(0, 8, 2)]
         assert row["changed"] == sum(map(len, new))
-    assert named[1:] == [row["changed"] for row in metrics if row["changed"]]
-    assert table.count("Genotype(") == 1, "whole, only at the end"
+    assert log.count("Genotype(") == 1, "whole, only at the end"
+
+
+def absorbed(done):
+    """Test accuracy of a one-stage search, which absorption must not change."""
+    before, after = re.search(
+        r"test accuracy (\S+) % in the supernet, (\S+) % after absorption", done.words
+    ).groups()
+    assert before == after
+    return after
+
+
+def accuracy(done):
+    """Test accuracy of an evaluation, or after the last epoch of a training."""
+    return re.search(r"test accuracy (\S+) %, error", done.words)[1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -63,8 +87,8 @@ def assert_changes_are_counted(path):
 def test_a_search_leaves_what_its_folder_should_hold(searched):
     folder, stdout = searched
     path = folder / "two"
-    for name in ("config.json", "log.txt", "checkpoint.pt", "scripts/search.py", "cells.png",
-                 "search.png", "curves.png"):
+    for name in ("config.json", "log.txt", "checkpoint.pt", "scripts/search.py",
+                 "scripts/harness/runs.py", "cells.png", "search.png", "curves.png"):
         assert (path / name).exists(), name
     assert (path / "log.txt").read_text() == stdout
     config = json.loads((path / "config.json").read_text())
@@ -85,9 +109,7 @@ def test_the_printed_command_trains_the_genotype(searched):
     small = ["--init_channels", 2, "--layers", 3, "--batch_size", 480, "--epochs", 1]
     done = run(*flags, *small, "--save", "t", cwd=folder)
     (evaluate,) = next_commands(done.stdout)
-    accuracy = re.findall(r"test accuracy (\S+) %", done.stdout)[0]
-    measured = run(*evaluate, cwd=folder).stdout
-    assert f"test accuracy {accuracy} %" in measured
+    assert accuracy(run(*evaluate, cwd=folder)) == accuracy(done)
     assert not list(folder.glob("runs*")), "evaluating makes no folder"
 
 
@@ -102,28 +124,28 @@ def test_the_same_seed_gives_the_same_search_and_another_another(searched, tmp_p
 def test_images_are_not_kept_twice_when_they_are_split(tmp_path, monkeypatch):
     loaded, load, epoch = [], data.load, search.two_stage_epoch
 
-    def watched(*args):
-        splits = load(*args)
+    def watched(*args, **options):
+        splits = load(*args, **options)
         loaded.extend(weakref.ref(split.images) for split in splits)
         return splits
 
-    def looking(*args):
+    def looking(*args, **options):
         assert [image() for image in loaded] == [None, None]
-        return epoch(*args)
+        return epoch(*args, **options)
 
     monkeypatch.setattr(data, "load", watched)
     monkeypatch.setattr(search, "two_stage_epoch", looking)
     run(*TWO_STAGE, "--epochs", 1, "--save", "s", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6])
+@pytest.mark.parametrize("steps", [1, 4, 100])
 def test_a_search_that_recovers_every_few_steps_ends_with_a_recovery(tmp_path, steps):
     flags = ["--epochs", 2, "--recover_every", steps, "--save", "r"]  # of 3 steps each
     run(*TWO_STAGE, *flags, cwd=tmp_path)
     metrics = rows(tmp_path / "r/metrics.jsonl")
     assert ("distance" in metrics[0]) == (steps == 1) and "distance" in metrics[1]
     assert_changes_are_counted(tmp_path / "r")
-    state = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["net"]
+    state = saved(tmp_path / "r/checkpoint.pt")["net"]
     for code in ("normal_code", "reduce_code"):
         for j in range(4):
             A, b, z = (state[f"{code}.{key}{j}"].double().numpy() for key in ("A", "b.", "z"))
@@ -134,19 +156,18 @@ def test_a_solver_that_does_not_converge_is_warned_of_once(tmp_path, monkeypatch
     """However many of its codes that are, which is another number at each recovery."""
     counts, recover = [], Network.recover
 
-    def count(net, *args):
-        recovery = recover(net, *args)
+    def count(*args, **options):
+        recovery = recover(*args, **options)
         counts.append(recovery.not_converged)
         return recovery
 
     monkeypatch.setattr(Network, "recover", count)
     monkeypatch.setattr(ista, "MAX_ITER", 40)
-    flags = ["--epochs", 3, "--solver", "ista", "--save", "s"]
-    stdout = run(*TWO_STAGE, *flags, cwd=tmp_path).stdout
+    done = run(*TWO_STAGE, "--epochs", 3, "--solver", "ista", "--save", "s", cwd=tmp_path)
     assert len(set(counts) - {0}) > 1
-    assert stdout.count("a relative duality gap above 1e-09") == stdout.count("homotopy") == 1
+    assert done.words.count("a relative duality gap above 1e-09") == 1
     first = next(filter(None, counts))
-    assert f"in some codes ({first} of 8 at first); those are homotopy's" in stdout
+    assert f"in some codes ({first} of 8 at first); those are homotopy's" in done.words
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -154,30 +175,19 @@ def test_a_solver_that_does_not_converge_is_warned_of_once(tmp_path, monkeypatch
 ])
 def test_the_learning_rate_of_another_batch_is_said_once(tmp_path, flags, says):
     done = run(*TWO_STAGE, *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
-    assert ("the linear rule gives --learning_rate 0.0938" in done.stdout) == says
-    assert done.stdout.count("linear rule") == says
+    assert ("the linear rule gives --learning_rate 0.0938" in done.words) == says
+    assert done.words.count("linear rule") == says
 
 
-def test_restless_epochs_are_counted_over_a_resumption(tmp_path):
-    flags = ["--arch_learning_rate", 0.1]
-    run(*TWO_STAGE, *flags, "--epochs", 2, "--save", "r", cwd=tmp_path)
-    run("search.py", "--resume", "r", "--epochs", 4, cwd=tmp_path)
-    metrics = rows(tmp_path / "r/metrics.jsonl")
-    expected = 0
-    for row in metrics:
-        expected = expected + 1 if row["changed"] else 0
-        assert row["restless"] == expected
-    assert metrics[2]["restless"] > 1
-
-
-def test_a_clock_that_is_set_back_makes_no_time_negative(tmp_path, monkeypatch):
-    clock = iter(range(10**9, 0, -1000))
+def test_progress_has_a_line_every_few_steps_whatever_the_clock_does(tmp_path, monkeypatch):
+    clock = iter(range(10**9, 0, -1000))  # set back all the time
     monkeypatch.setattr(time, "time", lambda: next(clock))
-    flags = ["--epochs", 2, "--report_freq", 1, "--save", "s"]
-    stdout = run(*TWO_STAGE, *flags, cwd=tmp_path).stdout
-    assert re.findall(r"\d s\b", stdout) and not re.findall(r"-\d+ (?:s|min|h|images)\b", stdout)
-    assert all(row["seconds"] > 0 for row in map(
-        json.loads, (tmp_path / "s/metrics.jsonl").read_text().splitlines()))
+    done = run(*TWO_STAGE, "--epochs", 2, "--report_freq", 2, "--save", "s", cwd=tmp_path)
+    step = r"^    step 2/3: loss \d\.\d+, accuracy \d+\.\d\d %, \d+ images/s, \d+ s left .*"
+    assert len(re.findall(step, done.stdout, re.M)) == 2
+    assert not re.findall(r"-\d+ (?:s|min|h|images)\b", done.words)
+    metrics = (tmp_path / "s/metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds"] > 0 for line in metrics)
 
 
 def test_distinct_edges_reach_the_genotype(tmp_path):
@@ -200,12 +210,11 @@ def test_own_images_of_any_kind(tmp_path):
     flags = ["--dataset", "imagefolder", "--data", "my images", "--init_channels", "2",
              "--layers", "2"]
     done = run("search.py", *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
-    assert "--batch_size is 12" in done.stdout and "no normal cell" in done.stdout
-    assert "resized" in done.stdout and "12 images train the weights" in done.stdout
+    assert "--batch_size is 12" in done.words and "no normal cell" in done.words
+    assert "resized" in done.words and "12 images train the weights" in done.words
     (command,) = next_commands(done.stdout)
     assert command[-1] == "my images"
-    state = torch.load(tmp_path / "s/checkpoint.pt", weights_only=True)["net"]
-    assert len(state["classifier.weight"]) == 3
+    assert len(saved(tmp_path / "s/checkpoint.pt")["net"]["classifier.weight"]) == 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -214,38 +223,30 @@ def test_own_images_of_any_kind(tmp_path):
 
 
 def test_one_stage_search_ends_in_a_trained_network(one_stage):
-    folder, stdout = one_stage
+    folder, done = one_stage
     metrics = rows(folder / "one/metrics.jsonl")
-    searching = [row for row in metrics if "frozen" in row]
-    assert len(metrics) == len(searching) + 3
+    searching = [row for row in metrics if row["phase"] == "searching"]
+    fixed = metrics[len(searching) :]
+    assert [row["phase"] for row in fixed] == 3 * ["training"]
     assert {row["learning_rate"] for row in searching} == {0.025}
     assert {row["drop_path_prob"] for row in searching} == {0.0}
-    fixed = metrics[len(searching) :]
-    assert [round(row["drop_path_prob"], 6) for row in fixed] == [0, round(0.2 / 3, 6),
-                                                                  round(0.4 / 3, 6)]
+    assert [row["drop_path_prob"] for row in fixed] == pytest.approx([0, 0.2 / 3, 0.4 / 3])
     assert fixed[0]["learning_rate"] == 0.025 > fixed[1]["learning_rate"]
     frozen = [sum(row["frozen"]) for row in searching]
     assert frozen == sorted(frozen)
-    before, after = re.search(
-        r"test accuracy (\S+) % in the supernet, (\S+) % after absorption", stdout
-    ).groups()
-    assert before == after
-    assert "parameters freed" in stdout or "frees" in stdout
-    assert "from here on drop-path rises to 0.2, which lowers the training accuracy" in stdout
-    evaluate, train = next_commands(stdout)
-    assert f"test accuracy {after} %" in run(*evaluate, cwd=folder).stdout
-    done = run(*train, "--epochs", 1, "--batch_size", 480, "--save", "more", cwd=folder)
-    assert rows(folder / "more/metrics.jsonl")[0]["epoch"] == 1
-    assert genotypes.load(folder / "more/genotype.json") == genotypes.load(
-        folder / "one/genotype.json"
-    )
-    assert "new run" in done.stdout
+    assert re.search(r"which frees \d\.\d+ M parameters and leaves \d\.\d+ M", done.words)
+    assert "from here on drop-path rises to 0.2, which lowers the training accuracy" in done.words
+    evaluate, train = next_commands(done.stdout)
+    assert accuracy(run(*evaluate, cwd=folder)) == absorbed(done)
+    run(*train, "--epochs", 1, "--batch_size", 480, "--save", "more", cwd=folder)
+    assert [row["epoch"] for row in rows(folder / "more/metrics.jsonl")] == [1]
+    assert genotypes.load(folder / "more") == genotypes.load(folder / "one")
 
 
 def test_what_does_not_come_to_rest_is_taken_as_it_is(tmp_path):
     flags = [*ONE_STAGE, "--epochs", 1, "--freeze_tol", 0, "--max_search_epochs", 2]
     done = run(*flags, "--save", "one", cwd=tmp_path)
-    assert "warning: 8 of 8 nodes still moved" in done.stdout
+    assert "warning: 8 of 8 nodes still moved" in done.words
     assert len(rows(tmp_path / "one/metrics.jsonl")) == 3
     assert genotypes.load(tmp_path / "one/genotype.json")[1] is True
 
@@ -256,9 +257,22 @@ def test_candidates_that_are_too_large_are_rejected(tmp_path):
     metrics = rows(tmp_path / "one/metrics.jsonl")
     assert all(row["rejected"] and row["changed"] == 0 for row in metrics[:2])
     assert not any(metrics[0]["frozen"]), "what is rejected freezes nothing"
-    assert "rejected" in done.stdout
+    assert "rejected: --max_params is 1e-06" in done.words
     found = rows(tmp_path / "one/genotypes.jsonl")
     assert found[0]["normal"] == found[-1]["normal"]
+
+
+def test_a_one_stage_search_freezes_all_nodes_by_itself_and_learns(tmp_path):
+    flags = [*TINY, "--init_channels", 6, "--batch_size", 32, "--arch_learning_rate", 0.02,
+             "--learning_rate", 0.05, "--freeze_tol", 0.1, "--no-cutout", "--drop_path_prob", 0,
+             "--epochs", 2]
+    done = run("search.py", "--one_stage", *flags, "--save", "one", cwd=tmp_path)
+    searching = [row for row in rows(tmp_path / "one/metrics.jsonl") if row["phase"] == "searching"]
+    assert "warning" not in done.words and len(searching) < 100
+    assert all(searching[-1]["frozen"]) and not all(searching[0]["frozen"])
+    assert float(absorbed(done)) > 40  # chance is 10
+    measured = run("train.py", "--evaluate", "--weights", "one/network.pt", cwd=tmp_path)
+    assert accuracy(measured) == absorbed(done)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,52 +284,106 @@ def test_a_search_goes_on_with_more_epochs(searched, tmp_path):
     folder, _ = searched
     run(*TWO_STAGE, "--epochs", 2, "--save", "r", cwd=tmp_path)
     done = run("search.py", "--resume", "r", "--epochs", 4, cwd=tmp_path)
-    assert "resumed r after epoch 2" in done.stdout
-    assert "the schedule of 4 epochs" in done.stdout
-    metrics = rows(tmp_path / "r/metrics.jsonl")
+    assert "resumed r after epoch 2" in done.words and "the schedule of 4 epochs" in done.words
+    metrics, whole = rows(tmp_path / "r/metrics.jsonl"), rows(folder / "two/metrics.jsonl")
     assert [row["epoch"] for row in metrics] == [1, 2, 3, 4]
-    # From here on, the schedule is that of 4 epochs.
-    whole = rows(folder / "two/metrics.jsonl")
-    assert [row["learning_rate"] for row in metrics[2:]] == [
-        row["learning_rate"] for row in whole[2:]
-    ]
+    for epoch in (2, 3):  # from here on, the schedule is that of 4 epochs
+        assert metrics[epoch]["learning_rate"] == whole[epoch]["learning_rate"]
 
 
 def test_resuming_a_finished_run_restores_its_files(one_stage):
     folder, _ = one_stage
     path = folder / "one"
-    before = torch.load(path / "network.pt", weights_only=True)["weights"]
+    before = saved(path / "network.pt")["weights"]
     (path / "network.pt").unlink()
     (path / "genotype.json").unlink()
     done = run("search.py", "--resume", path / "checkpoint.pt", cwd=folder)
-    after = torch.load(path / "network.pt", weights_only=True)["weights"]
+    after = saved(path / "network.pt")["weights"]
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (path / "genotype.json").exists()
     assert next_commands(done.stdout)
 
 
-# ------------------------------------------------------------------------------------------------
-# Retraining
-# ------------------------------------------------------------------------------------------------
+def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
+    genotypes.save(tmp_path / "g.json", genotypes.draw(1), False)
+    run(*TRAIN, "--arch", "g.json", "--epochs", 1, "--save", "t", cwd=tmp_path)
+    genotypes.save(tmp_path / "g.json", genotypes.draw(2), False)
+    run("train.py", "--resume", "t", "--epochs", 2, cwd=tmp_path)
+    (tmp_path / "g.json").unlink()
+    run("train.py", "--resume", "t", "--epochs", 3, cwd=tmp_path)
+    assert genotypes.load(tmp_path / "t")[0] == genotypes.draw(1)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    done = run(*TRAIN, "--epochs", 3, "--save", "t", cwd=folder)
-    return folder, done.stdout
+def test_starts_are_noted_and_changed_sources_kept(tmp_path, monkeypatch):
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT / "harness", sources / "harness")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, sources)
+    monkeypatch.setattr(runs, "SOURCES", sources)
+    run(*TRAIN, "--epochs", 1, "--save", "t", cwd=tmp_path)
+
+    def resume(epochs):
+        done = run("train.py", "--resume", "t", "--epochs", epochs, cwd=tmp_path)
+        return re.findall(r"sources have changed since the run's last start: (.*?);", done.words)
+
+    assert resume(2) == []
+    for name in ("train.py", "harness/runs.py"):
+        (sources / name).write_text("edited")
+    assert resume(3) == ["harness/runs.py, train.py"]
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")  # git is not installed
+        assert resume(4) == []
+    assert (tmp_path / "t/scripts/train.py").read_text() == (ROOT / "train.py").read_text()
+    assert (tmp_path / "t/scripts-after-epoch-2/train.py").read_text() == "edited"
+    assert (tmp_path / "t/scripts-after-epoch-2/harness/runs.py").read_text() == "edited"
+    assert (tmp_path / "t/scripts-after-epoch-2/model.py").exists(), "together they run"
+    starts = rows(tmp_path / "t/starts.jsonl")
+    assert [start["typed"][1:3] for start in starts] == [TRAIN[1:3]] + 3 * [["--resume", "t"]]
+    assert all(start["torch"] == torch.__version__ for start in starts)
+    assert starts[-1]["commit"] is None and starts[0]["device"] == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
 
 
 def test_training_reports_size_and_cost(trained):
-    folder, stdout = trained
-    assert re.search(r"network: 0\.\d{4} M parameters, \d+\.\d M multiply-adds", stdout)
+    folder, done = trained
+    assert re.search(r"network: 0\.\d{4} M parameters, \d+\.\d M multiply-adds", done.words)
+    assert "digits: 1438 images to train on, 359 to test on" in done.words
     metrics = rows(folder / "t/metrics.jsonl")
     assert [row["learning_rate"] for row in metrics] == pytest.approx([0.025, 0.01875, 0.00625])
     assert [row["drop_path_prob"] for row in metrics] == pytest.approx([0, 0.2 / 3, 0.4 / 3])
     best = max(row["test_accuracy"] for row in metrics)
-    saved = torch.load(folder / "t/network-best.pt", weights_only=True)
-    assert saved["about"]["test_accuracy"] == best == metrics[-1]["best_accuracy"]
-    assert any(key.startswith("auxiliary_head") for key in saved["weights"])
+    network = saved(folder / "t/network-best.pt")
+    assert network["about"]["test_accuracy"] == best == metrics[-1]["best_accuracy"]
+    assert any(key.startswith("auxiliary_head") for key in network["weights"])
+
+
+def test_training_goes_on_from_weights_as_a_new_run(trained):
+    folder, _ = trained
+    flags = ["--weights", "t/network.pt", "--epochs", 1, "--batch_size", 480, "--no-cutout"]
+    run("train.py", *flags, "--save", "more", cwd=folder)
+    assert len(rows(folder / "more/metrics.jsonl")) == 1
+    config = saved(folder / "more/checkpoint.pt")["config"]
+    assert config["C"] == 2 and config["layers"] == 3
+
+
+def test_any_form_of_a_genotype_can_be_trained(tmp_path):
+    text = str(genotypes.ISTA_onestage)
+    (tmp_path / "cells.txt").write_text(f"# of a log\n2020-12-06 genotype = {text}\n")
+    for arch in (text, "cells.txt", "random:3"):
+        flags = [*TRAIN, "--epochs", 1, "--arch", arch, "--no-auxiliary", "--one_stage"]
+        done = run(*flags, cwd=tmp_path)
+        path = Path(tmp_path, re.search(r"new run in (\S+)", done.stdout)[1])
+        expected = genotypes.draw(3) if arch == "random:3" else genotypes.ISTA_onestage
+        assert genotypes.load(path) == (expected, True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [
@@ -324,23 +392,21 @@ def test_training_reports_size_and_cost(trained):
     ["--weights", "t/network.pt", "--no-auxiliary"],
 ])
 def test_evaluation_measures_the_same_from_every_file(trained, flags):
-    folder, stdout = trained
-    accuracy = re.findall(r"test accuracy (\S+) %, error", stdout)[0]
+    folder, done = trained
     before = sorted(folder.rglob("*"))
-    done = run("train.py", "--evaluate", *flags, cwd=folder)
-    assert f"test accuracy {accuracy} %" in done.stdout
+    assert accuracy(run("train.py", "--evaluate", *flags, cwd=folder)) == accuracy(done)
     assert sorted(folder.rglob("*")) == before
 
 
 def test_a_plain_state_dict_needs_its_genotype(trained):
-    folder, stdout = trained
-    accuracy = re.findall(r"test accuracy (\S+) %, error", stdout)[0]
-    weights = torch.load(folder / "t/network.pt", weights_only=True)["weights"]
+    folder, trained_ = trained
+    weights = saved(folder / "t/network.pt")["weights"]
     old = {f"module.{k}": v for k, v in weights.items() if "num_batches_tracked" not in k}
     torch.save({"state_dict": old, "epoch": 600}, folder / "darts.pt")
     flags = ["--evaluate", "--weights", "darts.pt", "--dataset", "digits", "--image_size", 8]
     done = run("train.py", *flags, "--arch", "ISTA_twostage", cwd=folder)
-    assert f"test accuracy {accuracy} %" in done.stdout
+    assert accuracy(done) == accuracy(trained_)
+    assert "does not say by which mean and standard deviation" in done.words
     assert "give --arch" in run("train.py", *flags, cwd=folder, status=2).stderr
     wrong = run("train.py", *flags, "--arch", "ISTA_onestage", cwd=folder, status=2)
     assert "does not fit" in wrong.stderr
@@ -348,56 +414,99 @@ def test_a_plain_state_dict_needs_its_genotype(trained):
 
 @pytest.mark.parametrize("kind", ["trained", "one_stage"])
 def test_a_network_is_used_from_python(request, kind):
-    folder, stdout = request.getfixturevalue(kind)
+    folder, done = request.getfixturevalue(kind)
     net, about = model.load(next(folder.glob("*/network.pt")))
     _, test = data.load("digits", None, about["image_size"])
     logits, _ = net(data.normalize(test.images, about["mean"], about["std"]))
     names = [about["classes"][k] for k in logits.argmax(1)]
     right = sum(name == test.classes[k] for name, k in zip(names, test.labels, strict=True))
-    said = re.findall(r"(\S+) % after absorption|(\S+) %, error", stdout)
-    assert f"{100 * right / len(test):.2f}" in said[-1]
+    expected = accuracy(done) if kind == "trained" else absorbed(done)
+    assert f"{100 * right / len(test):.2f}" == expected
 
 
-def test_training_goes_on_from_weights_as_a_new_run(trained):
+def write(images, root, only=None, tint=(1, 1, 1)):
+    """Make a folder of digits, of some classes; a tint changes their mean and deviation."""
+    for k, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+        name = images.classes[label]
+        if only is None or name in only:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            pixels = (image.permute(1, 2, 0) * torch.tensor(tint)).byte().numpy()
+            Image.fromarray(pixels).save(root / name / f"{k}.png")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Digits in folders, and a network that has learnt to tell 3 of them apart."""
+    place = tmp_path_factory.mktemp("folders")
+    train, test = data.load("digits", None, 8)
+    write(train, place / "own/train", "127")
+    write(test, place / "own/test", "127")
+    write(train, place / "tinted/train", "127", (0.3, 1, 0.6))
+    write(test, place / "tinted/test", "127")
+    write(test, place / "less/test", "17")
+    flags = ["--dataset", "imagefolder", "--data", "own", *TINY[2:], "--init_channels", 4]
+    done = run("train.py", "--arch", "ISTA_twostage", *flags, "--no-cutout", "--no-auxiliary",
+               "--drop_path_prob", 0, "--batch_size", 16, "--epochs", 2, "--save", "run", cwd=place)
+    assert 60 < float(accuracy(done)) < 100  # chance is 33
+    return place, done
+
+
+def evaluate(place, *flags, file=("--weights", "run/network.pt"), status=0):
+    done = run("train.py", "--evaluate", *file, *flags, cwd=place, status=status)
+    return done if status == 0 else done.stderr
+
+
+@pytest.mark.parametrize("file", [
+    ["--weights", "run/network.pt"], ["--weights", "run/checkpoint.pt"], ["--resume", "run"],
+])
+def test_a_network_is_measured_with_the_mean_and_deviation_of_its_training(folders, file):
+    """Whatever training images are beside the test images, if there are any."""
+    place, done = folders
+    tinted = evaluate(place, "--data", "tinted", file=file)
+    own = evaluate(place, file=file)
+    assert own.stdout == tinted.stdout and accuracy(own) == accuracy(done)
+    plain = saved(place / "run/network.pt")["weights"]
+    torch.save(plain, place / "plain.pt")  # which does not know them
+    flags = ["--arch", "ISTA_twostage", "--dataset", "imagefolder", "--image_size", 8]
+    plain = ["--weights", "plain.pt", *flags]
+    assert accuracy(evaluate(place, "--data", "own", file=plain)) == accuracy(done)
+    assert accuracy(evaluate(place, "--data", "tinted", file=plain)) != accuracy(done)
+
+
+def test_classes_are_matched_by_name(folders):
+    """Here 7 is the second class of two, and the network's third of three."""
+    place, done = folders
+    net, about = model.load(place / "run/network.pt")
+    _, test = data.load("imagefolder", place / "less", 8, test_only=True)
+    logits, _ = net(data.normalize(test.images, about["mean"], about["std"]))
+    right = sum(about["classes"][k] == test.classes[label]
+                for k, label in zip(logits.argmax(1), test.labels, strict=True))
+    less = evaluate(place, "--data", "less")
+    assert accuracy(less) == f"{100 * right / len(test):.2f}" and right > len(test) / 2
+    assert f"on {len(test)} images of imagefolder (1 of the 3 classes have none)" in less.words
+
+
+def test_other_classes_are_refused(folders, trained):
+    place, _ = folders
+    shutil.copytree(place / "less", place / "renamed")
+    (place / "renamed/test/1").rename(place / "renamed/test/one")
+    for flags, unknown in (
+        (["--data", "renamed"], "one"), (["--dataset", "digits"], "0, 3, 4 and 4 more"),
+    ):
+        err = evaluate(place, *flags, status=2)
+        assert f"lacks {unknown}; it was trained with 1, 2, 7" in err and err.count("\n") == 1
     folder, _ = trained
-    flags = ["--weights", "t/network.pt", "--epochs", 1, "--batch_size", 480, "--no-cutout"]
-    run("train.py", *flags, "--save", "more", cwd=folder)
-    assert len(rows(folder / "more/metrics.jsonl")) == 1
-    state = torch.load(folder / "more/checkpoint.pt", weights_only=True)
-    assert state["config"]["C"] == 2 and state["config"]["layers"] == 3
+    err = evaluate(folder, "--data", place / "renamed", "--dataset", "imagefolder", status=2,
+                   file=["--weights", "t/network.pt"])
+    assert "lacks one; it was trained with 0, 1, 2 and 7 more" in err
+    less = evaluate(folder, "--data", place / "less", "--dataset", "imagefolder",
+                    file=["--weights", "t/network.pt"])
+    assert "(8 of the 10 classes have none)" in less.words
 
 
-def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
-    genotypes.save(tmp_path / "g.json", genotypes.draw(1), False)
-    flags = [*TINY, "--no-cutout", "--batch_size", 480, "--epochs", 1, "--arch", "g.json",
-             "--save", "t"]
-    run("train.py", *flags, cwd=tmp_path)
-    genotypes.save(tmp_path / "g.json", genotypes.draw(2), False)
-    run("train.py", "--resume", "t", "--epochs", 2, cwd=tmp_path)
-    (tmp_path / "g.json").unlink()
-    run("train.py", "--resume", "t", "--epochs", 3, cwd=tmp_path)
-    assert genotypes.load(tmp_path / "t")[0] == genotypes.draw(1)
-
-
-def test_a_genotype_text_and_a_random_cell_can_be_trained(tmp_path):
-    for arch in (str(genotypes.ISTA_onestage), "random:3"):
-        flags = [*TINY, "--no-cutout", "--batch_size", 480, "--epochs", 1, "--arch", arch]
-        done = run("train.py", *flags, "--no-auxiliary", "--one_stage", cwd=tmp_path)
-        path = Path(tmp_path, re.search(r"new run in (\S+)", done.stdout)[1])
-        assert genotypes.load(path / "genotype.json") == (genotypes.load(arch)[0], True)
-
-
-def test_a_one_stage_search_freezes_all_nodes_by_itself_and_learns(tmp_path):
-    flags = [*TINY, "--init_channels", 6, "--batch_size", 32, "--arch_learning_rate", 0.02,
-             "--learning_rate", 0.05, "--freeze_tol", 0.1, "--no-cutout", "--drop_path_prob", 0,
-             "--epochs", 2]
-    done = run("search.py", "--one_stage", *flags, "--save", "one", cwd=tmp_path)
-    searching = [row for row in rows(tmp_path / "one/metrics.jsonl") if "frozen" in row]
-    assert "warning" not in done.stdout and len(searching) < 100
-    assert all(searching[-1]["frozen"]) and not all(searching[0]["frozen"])
-    before, after = re.search(
-        r"test accuracy (\S+) % in the supernet, (\S+) % after absorption", done.stdout
-    ).groups()
-    assert before == after and float(after) > 40  # chance is 10
-    measured = run("train.py", "--evaluate", "--weights", "one/network.pt", cwd=tmp_path).stdout
-    assert f"test accuracy {after} %" in measured
+def test_training_from_weights_takes_the_data_that_it_has(folders):
+    place, _ = folders
+    run("train.py", "--weights", "run/network.pt", "--data", "tinted", "--no-cutout", "--epochs", 1,
+        "--batch_size", 200, "--save", "more", cwd=place)
+    old, new = (saved(place / name / "network.pt")["about"] for name in ("run", "more"))
+    assert new["mean"][0] == pytest.approx(0.3 * old["mean"][0], abs=0.01)

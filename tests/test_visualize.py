@@ -335,6 +335,11 @@ def test_searches_are_grouped_by_setting_and_phase(tmp_path):
     going = visualize.read_run(make_run(tmp_path / "going", "one", 4))
     assert [visualize.progress(run) for run in (*runs[2:], going)] == [(7, 7), (7, 7), (4, "?")]
 
+    def thaw(rows):  # as after --max_search_epochs
+        rows[4]["frozen"][0] = False
+
+    assert visualize.read_run(make_run(tmp_path / "long", "one", 7, change=thaw)).end == 5
+
 
 def test_short_names_and_labels(tmp_path, script):
     for k, folder in enumerate(("a", "b")):
