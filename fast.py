@@ -79,6 +79,21 @@ def accelerate(net, log=print):
     return net
 
 
+def compile_network(net, whole, log=print, backend="inductor"):
+    """Have torch compile a network, in place: another way than `accelerate`, by --compile.
+
+    Where the support changes, the operations alone: one graph for each class and shape serves all
+    cells, and is kept on the disk. Where it does not, the `whole` network.
+    """
+    log("compiling: each kind of step takes a minute or more when it is first made, and drop-path "
+        "draws the compiler's random numbers")
+    torch._dynamo.config.recompile_limit = 256  # graphs of one class
+    for layer in [net] if whole else net.modules():
+        if whole or type(layer) in OPERATIONS:
+            layer.compile(dynamic=False, backend=backend)
+    return net
+
+
 def has_hooks(layer):
     """Whether there is something to call that the faster form would pass by."""
     inside = [layer] if isinstance(layer, model_search.MixedOp) else layer.modules()
@@ -283,6 +298,10 @@ FASTER = {  # what is inside others first
     operations.Concat: Concat,
     model_search.MixedOp: MixedOp,
 }
+
+
+OPERATIONS = (operations.ReLUConvBN, operations.SepConv, operations.DilConv,
+              operations.FactorizedReduce, operations.Normed)
 
 
 # ------------------------------------------------------------------------------------------------

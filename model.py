@@ -89,8 +89,8 @@ class Skeleton(nn.Module):
         return self._drop_path_prob
 
     @drop_path_prob.setter
-    def drop_path_prob(self, value):  # whether it is 0 decides what runs; its size does not
-        self._drop_path_prob = value
+    def drop_path_prob(self, value):  # its size is on the device: no graph is made anew for it
+        self._drop_path_prob, self._drops_paths = value, value > 0
         self.keep_prob.fill_(1 - value)
 
     def forward(self, x, normal=(), reduce=()):
@@ -111,7 +111,7 @@ class Skeleton(nn.Module):
         else:
             s0 = s1 = self.stem(x)                                    # (B, 3C, H, W)
         logits_aux = None
-        keep = self.keep_prob if self.training and self.drop_path_prob > 0 else None
+        keep = self.keep_prob if self.training and self._drops_paths else None
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, keep, *(reduce if cell.reduction else normal))
             if i == self.auxiliary_layer and self.auxiliary and self.training:

@@ -74,7 +74,11 @@ def main(args):
     if checkpoint:
         net.prune_like(checkpoint["net"])
         net.load_state_dict(checkpoint["net"])
-    net = fast.accelerate(net.to(device, memory_format=memory_format), run.log)
+    net = net.to(device, memory_format=memory_format)
+    if args.compile:
+        fast.compile_network(net, whole=all(net.frozen), log=run.log)
+    else:
+        fast.accelerate(net, run.log)
     weight_optimizer, arch_optimizer = optimizers(net, args)
     utils.seed_drop_path(args.seed)
     graphs = utils.Graphs(
@@ -128,6 +132,8 @@ def main(args):
         if phase == "searching" and (all(net.frozen) or epoch == args.max_search_epochs):
             phase = "training"
             settle(run, net, weight_optimizer)
+            if args.compile:
+                fast.compile_network(net, whole=True, log=run.log)
             parallel = distributed.data_parallel(net, net.weight_parameters(), static=True)
         save_genotype(run, net, row)
         run.save_checkpoint(

@@ -65,7 +65,11 @@ def main(args):
     if source:
         path = args.weights or flags.checkpoint_path(args.resume)
         checkpoints.load_weights(net, source["weights"], path)
-    net = fast.accelerate(net.to(device, memory_format=memory_format), run.log)
+    net = net.to(device, memory_format=memory_format)
+    if args.compile:
+        fast.compile_network(net, whole=True, log=run.log)
+    else:
+        fast.accelerate(net, run.log)
     utils.seed_drop_path(args.seed)
     parameters, multiply_adds = cost(net, args.image_size)
     run.log(f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M "

@@ -300,7 +300,7 @@ def evaluate(net, batches, amp=False, top5=False):
     device = next(net.parameters()).device
     meter = Meter(device, top5)
     for x, y in batches:
-        with autocast(device, amp):
+        with autocast(device, amp), torch.compiler.set_stance("force_eager"):
             logits, _ = net(x)
         meter.add(F.cross_entropy(logits.float(), y), logits, y)
     return meter.read()
@@ -342,19 +342,22 @@ class Graphs:
 
     def __init__(self, enabled, constants, warn):
         self.enabled, self.constants, self.warn = enabled, constants, warn
-        self.records, self.pool = {}, None
+        self.records, self.pool, self.usual = {}, None, None
 
     def run(self, step, *args):
+        inputs = [x for x in args if isinstance(x, torch.Tensor)]
+        self.usual = self.usual or inputs[0].shape
+        if inputs[0].shape != self.usual:  # the last batch of an epoch
+            with once():
+                return step(*args)
         if not self.enabled:
             return step(*args)
-        inputs = [x for x in args if isinstance(x, torch.Tensor)]
         optimizers = [x for x in args if isinstance(x, torch.optim.Optimizer)]
         key = self.constants(), [numbers(optimizer) for optimizer in optimizers]
-        place = step, *(x.shape for x in inputs)  # the last batch of an epoch may be smaller
-        if place not in self.records or self.records[place].key != key:
-            self.records[place] = Record(key)
+        record = self.records.get(step)
+        if record is None or record.key != key:
+            self.records[step] = Record(key)
             return step(*args)  # makes what later steps change in place: momenta
-        record = self.records[place]
         if record.graph is None:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             if error := record.make(step, args, self.pool):
@@ -365,6 +368,18 @@ class Graphs:
                     optimizer.zero_grad()
                 return step(*args)
         return record.replay(inputs)
+
+
+@contextlib.contextmanager
+def once():
+    """Neither search for the fastest kernels nor compile, for what is computed once an epoch."""
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
 
 
 class Record:

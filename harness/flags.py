@@ -214,6 +214,8 @@ def add_shared(parser, datasets):
     parser.switch(group, "amp", "compute in bfloat16 where that is safe", default=False)
     parser.switch(group, "cuda_graphs", "record steps as CUDA graphs, and replay them (default: on "
                   "a CUDA device, with a single rank and recoveries at the end of epochs)")
+    parser.switch(group, "compile", "have torch compile what runs, for a GPU and a long run",
+                  default=False)
     group.add_argument(
         "--report_freq", type=whole(1), default=50, metavar="STEPS",
         help="steps between two lines of progress")

@@ -106,7 +106,9 @@ def command(prog):
 # ------------------------------------------------------------------------------------------------
 
 # What may be given anew at a resumption.
-FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs"}
+FREE = {
+    "resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs", "compile",
+}
 
 
 class Run:

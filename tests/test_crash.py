@@ -81,7 +81,7 @@ def kill_and_resume(loop, place, seconds, kills, rng):
     return killed
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["two-stage", "training"])  # one-stage search: see the end
 def test_a_kill_costs_nothing_but_time(whole, tmp_path, loop):
     path, _ = whole(loop)
     process = linger(loop, tmp_path)
@@ -144,8 +144,9 @@ def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("loop", ["two-stage", "training"])
+@pytest.mark.parametrize(("loop", "signum"), [
+    ("two-stage", signal.SIGINT), ("one-stage", signal.SIGTERM), ("training", signal.SIGTERM),
+])
 def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, signum):
     path, _ = whole(loop)
     process = linger(loop, tmp_path)

@@ -5,18 +5,20 @@ Whole scripts on a null GPU are in `test_null_gpu.py`.
 
 import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from launches import KINDS, prepare, take_epoch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import data
-import distributed
 import fast
 import utils
+from harness import checkpoints, distributed
 
 TINY = ["--init_channels", "2", "--layers", "3"]
 
@@ -26,7 +28,7 @@ TINY = ["--init_channels", "2", "--layers", "3"]
 
 
 def to_fake_cuda(net):
-    """The network with fake parameters and buffers on CUDA."""
+    """The network with fake parameters and buffers on CUDA, accelerated."""
 
     def fake(tensor):
         return torch.empty_strided(
@@ -61,9 +63,10 @@ def backward(loss):
 @pytest.fixture
 def fake_cuda(monkeypatch):
     monkeypatch.setattr(utils.Meter, "read", lambda meter: (0.0, 0.0))  # once an epoch: a host sync
+    monkeypatch.setattr(fast, "computes_the_same", lambda *_: True)  # there are no values
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     yield FakeTensorMode()
-    for cached in (data._scale_and_bias, data._axis):  # they hold fake tensors now
+    for cached in (data._scale_and_bias, data._axis, fast._constant):  # they hold fake tensors now
         cached.cache_clear()
 
 
@@ -82,12 +85,13 @@ def nets():
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_stay_on_the_device_and_read_nothing_from_it(nets, fake_cuda, kind, layout):
     args, net = copy.deepcopy(nets[kind])
-    net.drop_path_prob = 0.0 if kind == "two-stage" else 0.2
     with fake_cuda:
+        net = to_fake_cuda(net)
+        net.drop_path_prob = 0.0 if kind == "two-stage" else 0.2
         batches = fake_images(10).batches(
             batch_size=4, train=True, cutout_length=2 * args.cutout, memory_format=layout
         )
-        take_epoch(args, to_fake_cuda(net), batches)
+        take_epoch(args, net, batches)
     weight = net.classifier.weight
     assert weight.grad is not None and weight.device.type == "cuda"
 
@@ -111,7 +115,7 @@ def test_fake_tensors_would_tell(fake_cuda):
 
 
 # ------------------------------------------------------------------------------------------------
-# The choice of a device
+# The choice of a device, and what follows from it
 # ------------------------------------------------------------------------------------------------
 
 
@@ -138,9 +142,10 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
         monkeypatch.setattr(torch, "rand", lambda *size, device, **more: rand(*size, **more))
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        monkeypatch.setattr(distributed, "local_world_size", lambda: ranks)
-        monkeypatch.setattr(distributed, "local_rank", lambda: rank)
+        monkeypatch.setattr(dist, "is_initialized", lambda: ranks > 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
         return chosen
 
     return set_up
@@ -166,7 +171,7 @@ def test_a_device_that_cannot_train_is_refused_in_a_line(gpus, name):
         gpus(2)
     with pytest.raises(utils.UserError, match=f"--device {name} cannot be used") as refused:
         utils.choose_device(name)
-    assert "\n" not in str(refused.value) and not utils.is_usable(name)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("rank", range(3))
@@ -189,11 +194,36 @@ def test_bfloat16_that_a_gpu_would_emulate_is_refused(gpus):
     assert utils.choose_device("cuda", amp=True).type == "cuda"
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
 def test_memory_formats():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
-    assert utils.memory_format(cpu, False) == utils.memory_format(cpu, True) == torch.channels_last
-    assert utils.memory_format(cuda, False) == torch.contiguous_format
-    assert utils.memory_format(cuda, True) == torch.channels_last
+    assert {utils.memory_format(CPU, amp) for amp in (False, True)} == {torch.channels_last}
+    assert utils.memory_format(CUDA, False) == torch.contiguous_format
+    assert utils.memory_format(CUDA, True) == torch.channels_last
+
+
+@pytest.mark.parametrize("wanted, device, recover_every, ranks, used", [
+    (None, CUDA, "epoch", 1, True), (True, CUDA, "epoch", 1, True),
+    (False, CUDA, "epoch", 1, False), (None, CPU, "epoch", 1, False),
+    (None, CUDA, 10, 1, False), (None, CUDA, "epoch", 2, False),
+    (True, CPU, "epoch", 1, None), (True, CUDA, 10, 1, None), (True, CUDA, "epoch", 2, None),
+])
+def test_graphs_are_used_where_they_can_be(gpus, wanted, device, recover_every, ranks, used):
+    gpus(1, ranks=ranks)
+    if used is None:
+        with pytest.raises(utils.UserError, match="--cuda_graphs"):
+            utils.use_graphs(wanted, device, recover_every)
+    else:
+        assert utils.use_graphs(wanted, device, recover_every) == used
+
+
+@pytest.mark.parametrize("device, batch_size, image_size, images", [
+    (CPU, 64, 32, 64), (CUDA, 64, 32, 1000), (CUDA, 2000, 32, 2000), (CUDA, 1024, 224, 1024),
+])
+def test_evaluation_on_cuda_takes_more_images_at_once(device, batch_size, image_size, images):
+    args = SimpleNamespace(batch_size=batch_size, image_size=image_size)
+    assert utils.evaluation_batch(args, device) == images
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,36 +237,33 @@ def drawn(generator):
     return [torch.as_tensor(draw).tolist() for draw in draws]
 
 
-@pytest.fixture
-def states():
-    generator = utils.seed_everything(3, torch.device("cpu"))
-    drawn(generator)
-    return utils.random_state(generator)
-
-
 def resumed(states, seed=3, epoch=5):
     """What is drawn, and said, after a resumption on the CPU."""
     lines = []
-    generator = utils.seed_everything(seed, torch.device("cpu"))
-    utils.set_random_state(states, generator, seed, epoch, lines.append)
+    generator = utils.seed_everything(seed, CPU)
+    checkpoints.set_random_state(states, generator, seed, epoch, lines.append)
     return drawn(generator), lines
 
 
-def test_states_of_the_same_kind_of_device_are_restored(states):
-    generator = torch.Generator()
-    utils.set_random_state(states, generator, 3, 5, print)
+def test_states_of_the_same_kind_of_device_are_restored():
+    generator = utils.seed_everything(3, CPU)
+    drawn(generator)
+    states = checkpoints.random_state(generator)
     expected = drawn(generator)
     assert resumed(states) == (expected, [])
 
 
-def test_on_the_other_kind_of_device_numbers_are_drawn_anew_by_seed_and_epoch(states, monkeypatch):
+def test_on_the_other_kind_of_device_numbers_are_drawn_anew_by_seed_and_epoch(monkeypatch):
+    generator = utils.seed_everything(3, CPU)
+    drawn(generator)
+    states = checkpoints.random_state(generator)
     same, _ = resumed(states)
     states[0]["cuda"] = torch.zeros(16, dtype=torch.uint8)  # those of CUDA are of another size
     states[0]["data"] = torch.zeros(16, dtype=torch.uint8)
     other, (line,) = resumed(states)
     assert "on CUDA" in line and "from epoch 6 on" in line
     assert other[2:] == same[2:], "Python's and numpy's know no device"
-    start = drawn(utils.seed_everything(3, torch.device("cpu")))
+    start = drawn(utils.seed_everything(3, CPU))
     for images, drop_path in (same[:2], start[:2]):
         assert other[0] != images and other[1] != drop_path
     assert resumed(states)[0] == other

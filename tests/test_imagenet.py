@@ -1,6 +1,5 @@
 """ImageNet in both scripts: settings, what the network costs, and runs on small images."""
 
-import json
 import os
 import re
 import shlex
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scripts import (
-    TRAIN,
     Process,
     assert_same,
     assert_same_run,
@@ -19,11 +17,11 @@ from scripts import (
     imagenet_of_digits,
     rows,
     run,
+    saved,
 )
 from test_distributed import finish, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoints
 import genotypes
 import imagenet
 import model
@@ -49,7 +47,7 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def trained(place):
-    return run(*RUN, "--save", "run", cwd=place).stdout
+    return run(*RUN, "--save", "run", cwd=place).words
 
 
 SEARCH = [
@@ -64,14 +62,13 @@ SEARCHES = {
         "--max_search_epochs", 9, "--epochs", 3,
     ],
 }
-STEPS = {"two-stage": 4, "one-stage": 7}  # in an epoch
+STEPS = {"two-stage": 4, "one-stage": 7, "run": 6}  # in an epoch
 
 
 @pytest.fixture(scope="module")
 def searched(place):
-    """Of each search the output of a run in a folder of its name."""
-    return {name: run(*flags, "--save", name, cwd=place).stdout
-            for name, flags in SEARCHES.items()}
+    """Each search, run in a folder of its name."""
+    return {name: run(*flags, "--save", name, cwd=place) for name, flags in SEARCHES.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -102,10 +99,10 @@ def test_one_stage_search_has_the_recipe_of_the_retraining(place):
     assert {**vars(args), **setting} == vars(args)
     assert search.get_args_parser().parse_args([*flags, "--max_params", "6"]).max_params == 6
 
-    rate = [search.schedule(args, t, None)[1] for t in range(30)]
-    assert rate == pytest.approx([0.1, 0.2, 0.3, 0.4] + 26 * [0.5])
-    rate = [search.schedule(args, 30 + t, 30)[1] for t in range(250)]
-    assert rate == [utils.warm_up_linear(t, 250, 0.5) for t in range(250)]
+    share = [search.schedule(args, t, "searching", 0)[0] for t in range(30)]
+    assert share == pytest.approx([0.2, 0.4, 0.6, 0.8] + 26 * [1])
+    share = [search.schedule(args, 30 + t, "training", t)[0] for t in range(250)]
+    assert share == [utils.warm_up_linear(t, 250) for t in range(250)]
 
 
 def test_two_stage_search_has_its_setting_at_224_pixels(place):
@@ -117,7 +114,7 @@ def test_two_stage_search_has_its_setting_at_224_pixels(place):
 
 
 def test_the_published_learning_rate():
-    rate = [utils.warm_up_linear(t, 250, 0.5) for t in range(250)]
+    rate = [0.5 * utils.warm_up_linear(t, 250) for t in range(250)]
     assert rate[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert rate[5:245] == pytest.approx([0.5 * (245 - t) / 245 for t in range(5, 245)])
     assert rate[245:] == pytest.approx([0.5 * (250 - t) / (5 * 245) for t in range(245, 250)])
@@ -125,11 +122,10 @@ def test_the_published_learning_rate():
 
 @pytest.mark.parametrize("epochs", range(1, 13))
 def test_the_learning_rate_of_short_runs(epochs):
-    rate = [utils.warm_up_linear(t, epochs, 0.5) for t in range(epochs)]
-    assert all(0 < r <= 0.5 for r in rate)
+    share = [utils.warm_up_linear(t, epochs) for t in range(epochs)]
     top = min(epochs, 5) - 1
-    assert rate[top] == max(rate) == pytest.approx(0.1 * (top + 1))
-    assert rate[:top] == sorted(rate[:top]) and rate[top:] == sorted(rate[top:], reverse=True)
+    assert min(share) > 0 and share[top] == max(share) == pytest.approx((top + 1) / 5)
+    assert share[:top] == sorted(share[:top]) and share[top:] == sorted(share[top:], reverse=True)
 
 
 def test_label_smoothing_applies_to_both_losses():
@@ -142,7 +138,7 @@ def test_label_smoothing_applies_to_both_losses():
         return -(target * logits.log_softmax(1)).sum(1).mean()
 
     args = SimpleNamespace(auxiliary_weight=0.4, label_smoothing=0.1)
-    loss, total = utils.losses(logits, logits_aux, labels, args)
+    loss, total = utils.criterion(logits, logits_aux, labels, args)
     torch.testing.assert_close(loss, smooth(logits))
     torch.testing.assert_close(total, smooth(logits) + 0.4 * smooth(logits_aux))
 
@@ -237,29 +233,10 @@ def test_a_run_reports_top5(place, trained):
     assert [row["drop_path_prob"] for row in metrics] == [0, 0]
     for row in metrics:
         assert row["test_accuracy"] < row["test_top5_accuracy"] <= 100
-        assert f"{row['test_top5_accuracy']:.2f} %" in trained
-    assert re.search(r"test acc +test top-5 +best acc", trained)
-    about = torch.load(place / "run/network.pt", weights_only=True)["about"]
+        assert f"{row['test_accuracy']:.2f} {row['test_top5_accuracy']:.2f}" in trained
+    assert "train loss train % test loss test % top-5 %" in trained
+    about = saved(place / "run/network.pt")["about"]
     assert about["test_top5_accuracy"] == metrics[-1]["test_top5_accuracy"]
-
-
-def test_a_killed_run_ends_as_the_whole_one(place, trained, tmp_path):
-    (tmp_path / "images").symlink_to(place / "images")
-    meddle = tmp_path / "meddle.py"
-    meddle.write_text(
-        "import os, signal\n"
-        "whole, calls = os.replace, []\n"
-        "def replace(a, b):\n"
-        "    calls.extend([1] * str(b).endswith('checkpoint.pt'))\n"
-        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    whole(a, b)\n"
-        "os.replace = replace\n"
-    )
-    process = Process(*RUN, "--save", "run", cwd=tmp_path, meddle=meddle)
-    assert process.wait() == -signal.SIGKILL
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] == 1
-    run("train.py", "--resume", "run", cwd=tmp_path)
-    assert_same_run(place / "run", tmp_path / "run")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -278,22 +255,20 @@ def test_evaluation_measures_the_same_from_every_file(place, trained):
     accuracy, top5 = re.search(
         r"test accuracy (\S+) %, error \S+ %, top-5 accuracy (\S+) % after the last", trained
     ).groups()
-    weights = torch.load(place / "run/network.pt", weights_only=True)["weights"]
-    torch.save(weights, place / "plain.pt")
+    torch.save(saved(place / "run/network.pt")["weights"], place / "plain.pt")
     for flags in (
         ["--weights", "run/network.pt", "--workers", 0], ["--resume", "run"],
         ["--weights", "plain.pt", "--arch", "ISTA_ImageNet", "--data", "images", "--image_size",
          "32"],
     ):
-        stdout = run("train.py", "--evaluate", *flags, cwd=place).stdout
-        assert f"test accuracy {accuracy} %" in stdout and f"top-5 accuracy {top5} %" in stdout
+        words = run("train.py", "--evaluate", *flags, cwd=place).words
+        assert f"test accuracy {accuracy} %" in words and f"top-5 accuracy {top5} %" in words
 
 
 def test_training_goes_on_from_weights_with_the_recipe_of_imagenet(place, trained):
     flags = ["--weights", "run/network.pt", "--epochs", 1, "--save", "more"]
-    stdout = run("train.py", *flags, cwd=place).stdout
-    assert "--batch_size is 84" in stdout
-    state = torch.load(place / "more/checkpoint.pt", weights_only=True)
+    assert "--batch_size is 84" in run("train.py", *flags, cwd=place).words
+    state = saved(place / "more/checkpoint.pt")
     expected = dict(learning_rate=0.5, label_smoothing=0.1, cutout=False, image_size=32)
     assert {**state["args"], **expected} == state["args"]
     assert state["row"]["learning_rate"] == 0.1
@@ -317,12 +292,13 @@ def test_a_broken_image_is_named_in_one_line(place, tmp_path):
 
 
 def test_one_stage_search_freezes_its_nodes_and_ends_with_a_trained_network(place, searched):
-    stdout, metrics = searched["one-stage"], rows(place / "one-stage/metrics.jsonl")
-    searching = [row for row in metrics if "frozen" in row]
+    words, metrics = searched["one-stage"].words, rows(place / "one-stage/metrics.jsonl")
+    searching = [row for row in metrics if row["phase"] == "searching"]
     counts = [sum(row["frozen"]) for row in searching]
     assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == 8
     assert len(metrics) == len(searching) + 3 and not any(row["rejected"] for row in searching)
-    assert f"searching {8 - counts[0]} of 8 nodes; codes moved by" in stdout
+    assert f"searching {8 - counts[0]} of 8 nodes; " in words
+    assert "from here on the learning rate warms up anew, for 5 epochs, and then falls" in words
     assert [row["learning_rate"] for row in metrics] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5][: len(searching)] + [0.1, 0.2, 0.3]
     )
@@ -332,33 +308,34 @@ def test_one_stage_search_freezes_its_nodes_and_ends_with_a_trained_network(plac
 
     net, about = model.load(place / "one-stage/network.pt")
     assert isinstance(net, model.NetworkImageNet) and about["image_size"] == 32
-    config = torch.load(place / "one-stage/network.pt", weights_only=True)["config"]
+    config = saved(place / "one-stage/network.pt")["config"]
     assert [list(pair) for pair in config["genotype"]["normal"]] == fixed[0][0]
-    evaluated = run("train.py", "--evaluate", "--weights", "one-stage/network.pt", cwd=place).stdout
+    evaluated = run("train.py", "--evaluate", "--weights", "one-stage/network.pt", cwd=place).words
     accuracy = f"test accuracy {metrics[-1]['test_accuracy']:.2f} %"
-    assert f"{accuracy} in the supernet, {accuracy[14:]} after absorption" in stdout
+    assert f"{accuracy} in the supernet, {accuracy[14:]} after absorption" in words
     loss = float(re.search(r"loss (\S+),", evaluated)[1])
     assert accuracy in evaluated and loss == pytest.approx(metrics[-1]["test_loss"], abs=1e-4)
     supernet = Network(2, 7, 3, one_stage=True, auxiliary=True, imagenet=True)
-    state = torch.load(place / "one-stage/checkpoint.pt", weights_only=True)["net"]
-    checkpoints.load_supernet(supernet, state, "checkpoint.pt")
+    state = saved(place / "one-stage/checkpoint.pt")["net"]
+    supernet.prune_like(state)
+    supernet.load_state_dict(state)
     _, val = imagenet.load("imagenet", place / "images", 32)
     ((x, _),) = val.batches(28, train=False)
     expected, found = supernet.eval()(x)[0], net(x)[0]
     torch.testing.assert_close(found - found.mean(0), expected - expected.mean(0), rtol=1e-3,
                                atol=1e-2 * expected.std(0).min().item())
-    size = re.search(r"leaves (\S+ M)", stdout)[1]
+    size = re.search(r"leaves (\S+ M)", words)[1]
     assert size == f"{train.cost(net, 32)[0] / 1e6:.3f} M"
 
 
 def test_two_stage_search_names_the_command_that_trains_its_cell(place, searched):
-    stdout = searched["two-stage"]
-    assert "42 images train the weights, 42 others train b" in stdout
-    (command,) = re.findall(r"^    python (train\.py .*)", stdout, re.M)
+    done = searched["two-stage"]
+    assert "42 images train the weights, 42 others train b" in done.words
+    (command,) = re.findall(r"^    python (train\.py .*)", done.stdout, re.M)
     small = ["--init_channels", 2, "--layers", 3, "--batch_size", 42, "--epochs", 1]
     run(*shlex.split(command), *small, "--save", "from-two-stage", cwd=place)
-    state = torch.load(place / "from-two-stage/checkpoint.pt", weights_only=True)
-    assert state["args"]["dataset"] == "imagenet" and state["args"]["image_size"] == 32
+    args = saved(place / "from-two-stage/checkpoint.pt")["args"]
+    assert args["dataset"] == "imagenet" and args["image_size"] == 32
     found, _ = genotypes.load(str(place / "from-two-stage/genotype.json"))
     assert found == genotypes.load(str(place / "two-stage/genotype.json"))[0]
     last = rows(place / "two-stage/genotypes.jsonl")[-1]
@@ -378,20 +355,19 @@ torch.nn.utils.clip_grad_norm_ = kill
 """
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_that_is_killed_in_every_epoch_ends_as_the_whole_one(
-    place, searched, tmp_path, name
+@pytest.mark.parametrize("name", STEPS)
+def test_a_run_that_is_killed_in_every_epoch_ends_as_the_whole_one(
+    place, trained, searched, tmp_path, name
 ):
     (tmp_path / "images").symlink_to(place / "images")
     meddle = tmp_path / "meddle.py"
     meddle.write_text(KILL.format(step=STEPS[name] + 3))  # each process ends one epoch
-    script, *flags = SEARCHES[name]
+    script, *flags = {**SEARCHES, "run": RUN}[name]
     flags, epochs = [*flags, "--save", name], len(rows(place / name / "metrics.jsonl"))
     for epoch in range(1, epochs):
         process = Process(script, *flags, cwd=tmp_path, meddle=meddle)
         assert process.wait() == -signal.SIGKILL, process.stderr
-        path = tmp_path / name / "checkpoint.pt"
-        assert torch.load(path, weights_only=True)["epoch"] == epoch
+        assert saved(tmp_path / name / "checkpoint.pt")["epoch"] == epoch
         flags = ["--resume", name]
     run(script, *flags, cwd=tmp_path)
     assert_same_run(place / name, tmp_path / name)
@@ -403,11 +379,11 @@ def test_two_ranks_of_a_search_end_with_the_same_codes(place, tmp_path, name):
     flags = [*SEARCHES[name], "--batch_size", 7, "--epochs", 2]
     first, second = finish(start(*flags, "--save", "run", cwd=tmp_path))
     assert second.stdout == "" and "2 ranks with --batch_size 7" in first.stdout
-    states = [torch.load(tmp_path / f"run-{rank}.pt", weights_only=True) for rank in range(2)]
+    states = [saved(tmp_path / f"run-{rank}.pt") for rank in range(2)]
     assert_same(*states)
-    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert_same(states[1], {key: saved[key] for key in states[1]})
-    assert any(key.startswith("normal_code.z") for key in saved["net"])
+    last = saved(tmp_path / "run/checkpoint.pt")
+    assert_same(states[1], {key: last[key] for key in states[1]})
+    assert any(key.startswith("normal_code.z") for key in last["net"])
     assert (tmp_path / "run/network.pt").exists() == (name == "one-stage")
 
 
@@ -415,7 +391,6 @@ EARLY = [
     ([*RUN, "--data", "nowhere"], "not a folder"),
     ([*RUN, "--image_size", "48"], "multiple of 32"),
     ([*RUN, "--init_channels", "3"], "even"),
-    ([*RUN, "--cutout"], "--cutout"),
     ([*RUN, "--learning_rate_min", "0"], "--learning_rate_min"),
     ([*RUN, "--label_smoothing", "1"], "number in [0, 1)"),
 ]
@@ -430,23 +405,9 @@ def test_refused_by_the_parser(place, monkeypatch, capsys, command, says):
     assert exit_.value.code == 2 and stderr.count("\n") == 1
     assert stderr.startswith("train.py: error: ") and says in stderr
 
-
-def test_a_run_that_is_older_than_a_flag_goes_on(tmp_path):
-    run(*TRAIN, "--epochs", 1, "--save", "old", cwd=tmp_path)
-    state = torch.load(tmp_path / "old/checkpoint.pt", weights_only=True)
-    del state["args"]["label_smoothing"]
-    torch.save(state, tmp_path / "old/checkpoint.pt")
-    config = json.loads((tmp_path / "old/config.json").read_text())
-    del config["label_smoothing"]
-    (tmp_path / "old/config.json").write_text(json.dumps(config))
-    run("train.py", "--resume", "old", "--epochs", 2, cwd=tmp_path)
-    state = torch.load(tmp_path / "old/checkpoint.pt", weights_only=True)
-    assert state["epoch"] == 2 and state["args"]["label_smoothing"] == 0
-
-
 def test_networks_and_data_of_different_kinds_are_refused(place, trained):
     flags = ["--weights", "run/network.pt", "--dataset", "digits"]
     done = run("train.py", "--evaluate", *flags, cwd=place, status=2)
     assert done.stderr.count("\n") == 1 and "is a network for imagenet" in done.stderr
     done = run("train.py", "--weights", "run/network.pt", "--cutout", cwd=place, status=2)
-    assert done.stderr.count("\n") == 1 and "--cutout" in done.stderr
+    assert done.stderr.count("\n") == 1 and "give --no-cutout" in done.stderr

@@ -314,6 +314,15 @@ def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
     assert genotypes.load(tmp_path / "t")[0] == genotypes.draw(1)
 
 
+def test_a_run_that_is_older_than_a_flag_goes_on_with_its_default(tmp_path):
+    run(*TRAIN, "--epochs", 1, "--save", "old", cwd=tmp_path)
+    state = saved(tmp_path / "old/checkpoint.pt")
+    del state["args"]["label_smoothing"]
+    torch.save(state, tmp_path / "old/checkpoint.pt")
+    run("train.py", "--resume", "old", "--epochs", 2, cwd=tmp_path)
+    assert saved(tmp_path / "old/checkpoint.pt")["args"]["label_smoothing"] == 0
+
+
 def test_starts_are_noted_and_changed_sources_kept(tmp_path, monkeypatch):
     sources = tmp_path / "sources"
     shutil.copytree(ROOT / "harness", sources / "harness")
