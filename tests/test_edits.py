@@ -261,7 +261,7 @@ def optimizer_of_search(name):
         rate = 0.002 * 1.01 / 2  # cosine, from 0.1 to 0.001
         assert [row["learning_rate"] for row in run.rows] == pytest.approx([0.002, rate])
         optimizer = run.last["weight_optimizer"]
-        assert optimizer["state"] and optimizer["param_groups"][0]["lr"] == pytest.approx(rate)
+        return optimizer["state"] and optimizer["param_groups"][0]["lr"] == pytest.approx(rate)
 
     return Edit(f"""
 @@ search.py
@@ -277,7 +277,7 @@ def optimizer_of_training(name):
     def effect(run):
         first, second = run.last["optimizer"]["param_groups"]
         assert [first["lr"], second["lr"]] == pytest.approx([0.001, 0.002])
-        assert run.last["optimizer"]["state"] and second["eps"] == 1e-7
+        return run.last["optimizer"]["state"] and second["eps"] == 1e-7
 
     return Edit(f"""
 @@ train.py
@@ -292,23 +292,13 @@ def optimizer_of_training(name):
 """, effect)
 
 
-def has_another_loss(run):
-    for row in run.rows:
-        assert row["train_loss"] > 100 and row.get("arch_loss", 101) > 100
-        assert row.get("valid_loss", row.get("test_loss")) < 100
-
-
 LOSS = Edit("""
 @@ utils.py
 -    loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
 +    loss = 100 + F.multi_margin_loss(logits.float(), labels)
      if logits_aux is None:
-""", has_another_loss)
-
-
-def moves_towards_its_target(run):
-    assert json.loads((run.folder / "config.json").read_text())["pull"] == [1000, 2]
-    assert all((b > 0.1).all() for key, b in run.weights.items() if "_code.b." in key)
+""", lambda run: all(
+    min(row["train_loss"], row.get("arch_loss", 101)) > 100 for row in run.rows))
 
 
 TERM = Edit("""
@@ -320,12 +310,8 @@ TERM = Edit("""
 @@ search.py
      group = parser.add_argument_group("architecture")
 +    group.add_argument("--pull", type=float, nargs=2, default=[0.0, 0.0], help="of b, to a target")
-""", moves_towards_its_target, ("--pull", 1000, 2))
-
-
-def learns_from_mixtures(run):
-    # The cross-entropy is at least the entropy of the labels, which is 0 where they are classes.
-    assert all(row["train_loss"] > row["entropy"] > 0.3 for row in run.rows)
+""", lambda run: all((b > 0.1).all() for key, b in run.weights.items() if "_code.b." in key),
+    ("--pull", 1000, 2))
 
 
 MIXUP = Edit("""
@@ -338,7 +324,7 @@ MIXUP = Edit("""
 -    return utils.named(meter.read(), "train")
 +    entropy = torch.special.entr(y).sum(1).mean()
 +    return utils.named(meter.read(), "train") | {"entropy": entropy}
-""", learns_from_mixtures)
+""", lambda run: all(row["train_loss"] > row["entropy"] > 0.3 for row in run.rows))
 
 
 def has_all_in_its_row(run):
@@ -346,10 +332,10 @@ def has_all_in_its_row(run):
         assert type(row["numpy"]) is type(row["torch"]) is float and row["array"] == [0, 1, 2]
         assert row["dict"] == {"normal": 0.25, "3": 4} and f"{row['torch']:.5f}" in run.log
     assert "‖weights‖" in run.log
-    assert {key: run.last["row"][key] for key in run.rows[-1]} == run.rows[-1]
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     for tag, values in (("torch", [row["torch"] for row in run.rows]), ("dict/3", [4, 4])):
         assert [event.value for event in events.Scalars(tag)] == pytest.approx(values)
+    return {key: run.last["row"][key] for key in run.rows[-1]} == run.rows[-1]
 
 
 ROW = Edit("""
@@ -372,11 +358,11 @@ ROW = Edit("""
 
 def has_averaged(run):
     average = run.last["average"]
-    assert average["n_averaged"] == 2
     for key, value in run.weights.items():
         if key.endswith("weight"):
             mean = (run.before["weights"][key] + value) / 2
             torch.testing.assert_close(average[f"module.{key}"], mean)
+    return average["n_averaged"] == 2
 
 
 AVERAGE = Edit("""
@@ -395,20 +381,11 @@ AVERAGE = Edit("""
 """, has_averaged)
 
 
-def recovers_every_second_epoch(run):
-    assert "distance" not in run.rows[0] and run.rows[0]["changed"] == 0
-    assert any(run.rows[1]["distance"])
-
-
 SELDOM = Edit("""
 @@ search.py
 -            elif not args.one_stage and (args.recover_every == "epoch" or trained == args.epochs):
 +            elif trained % 2 == 0:
-""", recovers_every_second_epoch)
-
-
-def trains_on_black(run):
-    assert torch.equal(run.weights["stem.0.weight"], run.before["weights"]["stem.0.weight"])
+""", lambda run: run.rows[0]["changed"] == 0 < run.rows[1]["changed"])
 
 
 BLACK = Edit("""
@@ -427,29 +404,23 @@ BLACK = Edit("""
 -    batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
 +    options["erase"] = args.erase
 +    batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
-""", trains_on_black, ("--erase", 1))
-
-
-def has_another_stem(run):
-    assert run.weights["stem.2.weight"].shape == (6, 4, 1, 1)
+""", lambda run: torch.equal(*(  # which has no gradient
+    weights["stem.0.weight"] for weights in (run.before["weights"], run.weights))), ("--erase", 1))
 
 
 STEM = Edit("""
 @@ model.py
 -                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C)
 +                nn.Conv2d(3, 2 * C, 3, padding=1), nn.PReLU(), nn.Conv2d(2 * C, 3 * C, 1)
-""", has_another_stem)
-
-
-def has_a_dictionary_of_signs(run):
-    assert all((A.abs() == 1).all() for key, A in run.weights.items() if "_code.A" in key)
+""", lambda run: run.weights["stem.2.weight"].shape == (6, 4, 1, 1))
 
 
 SIGNS = Edit("""
 @@ model_search.py
  DICTIONARIES = {"uniform": uniform, "normal": normal}
 +DICTIONARIES["signs"] = lambda m, n: normal(m, n).sign()
-""", has_a_dictionary_of_signs, ("--dictionary", "signs"))
+""", lambda run: all((A.abs() == 1).all() for key, A in run.weights.items() if "_code.A" in key),
+    ("--dictionary", "signs"))
 
 
 @pytest.mark.parametrize(("command", "edits"), [
@@ -466,7 +437,7 @@ def test_an_edit_has_its_effect_and_resumes(command, edits, tmp_path):
     sources = edited(tmp_path, *(edit.patch for edit in edits))
     run = Run(sources, script, *flags, *(flag for edit in edits for flag in edit.flags))
     for edit in edits:
-        edit.effect(run)
+        assert edit.effect(run)
 
 
 def test_an_augmentation_that_imagenet_lacks_is_refused_by_name(tmp_path):

@@ -258,8 +258,7 @@ def test_evaluation_measures_the_same_from_every_file(place, trained):
     torch.save(saved(place / "run/network.pt")["weights"], place / "plain.pt")
     for flags in (
         ["--weights", "run/network.pt", "--workers", 0], ["--resume", "run"],
-        ["--weights", "plain.pt", "--arch", "ISTA_ImageNet", "--data", "images", "--image_size",
-         "32"],
+        ["--weights", "plain.pt", "--arch", "ISTA_ImageNet", *RUN[1:7]],
     ):
         words = run("train.py", "--evaluate", *flags, cwd=place).words
         assert f"test accuracy {accuracy} %" in words and f"top-5 accuracy {top5} %" in words
