@@ -43,7 +43,7 @@ import operations
 def accelerate(net, log=print):
     """Have a network compute the same values sooner.
 
-    Of each kind of layer (class and `repr`), a copy with random parameters is compared with its
+    Of each kind of layer, a copy with random parameters is compared with its
     faster form. One that computes something else, that cannot be taken, or that has hooks is left
     as it is, for somebody has edited it.
 
@@ -68,7 +68,7 @@ def accelerate(net, log=print):
         kinds = {}
         for layer in layers:
             if not has_hooks(layer):
-                kinds.setdefault(repr(layer), []).append(layer)
+                kinds.setdefault(kind(layer), []).append(layer)
         for same_kind in kinds.values():
             if computes_the_same(same_kind[0], faster):
                 for layer in same_kind:
@@ -102,6 +102,15 @@ def has_hooks(layer):
         or "forward" in vars(m)
         for m in inside
     )
+
+
+def kind(layer):
+    """What tells layers of a class apart: their `repr`, and attributes that it may not show."""
+    hidden = [
+        (name, value) for m in layer.modules() for name, value in vars(m).items()
+        if not name.startswith("_") and name != "training"
+    ]
+    return f"{layer} {hidden}"
 
 
 def computes_the_same(layer, faster):

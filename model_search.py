@@ -12,6 +12,7 @@ R^{n_j} is not trained: it is recovered from a point b_j in R^m, m = 7, through 
 A_j, and the 2 largest |z_jk| are its support S_j, the pairs that run.
 """
 
+import copy
 import re
 from typing import NamedTuple
 
@@ -153,11 +154,6 @@ class SparseCode(nn.Module):
     def solve(self, solver="homotopy"):
         """Solve for the codes of the points b. Nothing changes: see `accept`.
 
-        Parameters
-        ----------
-        solver : str
-            One of `ista.SOLVERS`. Where it does not converge, homotopy takes its place.
-
         Returns
         -------
         codes, last : lists of 4 arrays, float64, (n_j,)
@@ -166,11 +162,6 @@ class SparseCode(nn.Module):
             ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
         not_converged : int
             The number of codes for which homotopy took the place of the solver.
-
-        Raises
-        ------
-        ista.SolverUnavailable
-            If the solver needs a package or a licence that is not here.
         """
         A, b, last = _to_host(self.A, self.b, self.z)
         codes, not_converged = [*last], 0
@@ -187,16 +178,9 @@ class SparseCode(nn.Module):
     def choose(self, codes):
         """The rule: the support that codes give, of each node the s pairs largest in |z|.
 
-        Ties go to the smaller index, and where a code has fewer than s nonzero entries, to pairs of
-        the last support. Asked once a recovery; a frozen node keeps its support whatever it says.
-
-        Parameters
-        ----------
-        codes : list of 4 arrays, (n_j,)
-
-        Returns
-        -------
-        support : list of 4 lists of (edge, operation index)
+        Takes the 4 codes, arrays (n_j,); returns 4 lists of (edge, operation index). Ties go to the
+        smaller index, and where a code has fewer than s nonzero entries, to pairs of the last
+        support. Asked once a recovery; a frozen node keeps its support whatever it says.
         """
         support = []
         for z, last in zip(codes, self.support, strict=True):
@@ -235,34 +219,36 @@ class SparseCode(nn.Module):
             self.c[j] = A_S.T @ (A_S @ z_S) - z_S
 
     def recover(self, solver="homotopy"):
-        """Refresh z, the support, M and c from b, but for frozen nodes; see `solve`.
+        """Refresh z, the support, M and c from b, but for frozen nodes.
+
+        Parameters
+        ----------
+        solver : str
+            One of `ista.SOLVERS`. Where it does not converge, homotopy takes its place.
 
         Returns
         -------
         not_converged : int
+            How often that was.
+
+        Raises
+        ------
+        ista.SolverUnavailable
+            If the solver needs a package or a licence that is not here.
         """
         codes, *_, not_converged = self.solve(solver)
         self.accept(codes, self.choose_unfrozen(codes))
         return not_converged
 
     def active_weights(self):
-        """Weights w_S = M b − c of the pairs of the support.
-
-        Returns
-        -------
-        tensor, float64, (4, s)
-            Differentiable in b; in the order of the support.
-        """
+        """Weights w_S = M b − c of the support: float64, (4, s), differentiable in b."""
         b = torch.stack([*self.b]).to(self.M.dtype)                   # (4, m)
         return torch.einsum("jsm,jm->js", self.M, b) - self.c
 
     def weights(self):
-        """Weights of all pairs, for inspection: zero off the support.
+        """Weights of all pairs, for inspection: float64, (14, 7), zero off the support.
 
-        Returns
-        -------
-        tensor, float64, (14, 7)
-            One row an edge (2 of node 0, 3 of node 1, ...), one column an operation.
+        One row an edge (2 of node 0, 3 of node 1, ...), one column an operation.
         """
         rows, columns, first = [], [], 0
         for j, node in enumerate(self.support):
@@ -421,13 +407,7 @@ class Network(Skeleton):
         return [p for p in self.parameters() if id(p) not in arch]
 
     def genotype(self, supports=None):
-        """The support, or another one, as a Genotype: of each node its pairs in order.
-
-        Parameters
-        ----------
-        supports : pair of supports, optional
-            Of the normal and of the reduction cell; see `SparseCode.support`.
-        """
+        """The support, or another one of the normal and of the reduction cell, as a Genotype."""
         normal, reduce = supports or (code.support for code in self.codes)
         concat = range(2, 2 + NODES)
         return Genotype(as_pairs(normal), concat, as_pairs(reduce), concat)
@@ -498,10 +478,7 @@ class Network(Skeleton):
     def freeze(self, nodes=None):
         """Make codes final: their b stops, and γ and β of their operations start to train.
 
-        Parameters
-        ----------
-        nodes : list of bools, normal nodes first, optional
-            Which to freeze, by default all; those that are frozen already stay so.
+        `nodes`, a bool for each, normal ones first, says which; by default all.
         """
         flags = iter(2 * NODES * [True] if nodes is None else nodes)
         for code in self.codes:
@@ -602,10 +579,8 @@ class Network(Skeleton):
     def _check_same_outputs(self, plain):
         size = 64 if self.imagenet else 32
         x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        was_training = self.training
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            (found, _), (expected, _) = (net.eval()(x.to(net.keep_prob)) for net in (plain, self))
-        self.train(was_training)
+        nets = [copy.deepcopy(net).cpu().eval() for net in (plain, self)]  # TF32 rounds on CUDA
+        (found, _), (expected, _) = (net(x.to(net.keep_prob)) for net in nets)
         if not torch.allclose(found, expected, rtol=0, atol=1e-2 * expected.abs().max().item()):
             raise ValueError("the network after absorption computes something else than the "
                              "supernet: an edit of Cell or Network stands in the way")

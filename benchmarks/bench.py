@@ -87,8 +87,6 @@ ON_CUDA = (
     Form("compiled", graphs=True, compiled=True),
     Form("compiled bfloat16", graphs=True, amp=True, compiled=True),
 )
-# What torch.compile takes of a network in place of `fast.accelerate`, for the kinds that have it.
-COMPILE = {"retraining": lambda net: net.compile(dynamic=False)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,7 +166,7 @@ def build(kind, form, device, more=(), layout=None, network=Network):
     if form.is_plain:
         one_by_one(optimizers)
     elif form.compiled:
-        COMPILE[kind](net)
+        fast.compile_network(net, whole=kind == "retraining", log=lambda text: None)
     else:
         fast.accelerate(net)
     graphs = utils.Graphs(form.graphs, lambda: None, print)
@@ -244,9 +242,9 @@ def step_timer(run, device):
     return timer
 
 
-def by_turns(timers, repetitions, warm_up=2):
+def by_turns(timers, repetitions):
     """What functions return that are called one after the other: (repetitions, functions)."""
-    for timer in timers * warm_up:
+    for timer in timers:  # to warm up
         timer()
     return np.array([[timer() for timer in timers] for _ in range(repetitions)])
 
@@ -354,9 +352,9 @@ def saved_bytes(run, net, device):
 
 
 def measure_cuda(device, args):
-    """Print a table for each kind of step; returns the rows of all."""
+    """Print a table for each kind of step; yields its rows."""
     options = dict(more=SMALL if args.small else [], layout=LAYOUTS.get(args.layout))
-    bandwidth, rows = copy_bandwidth(device), []
+    bandwidth = copy_bandwidth(device)
     for kind in args.kinds:
         traffic = traffic_of(kind, device, options)
         limit, moved = 1e3 * traffic.limit(bandwidth), sum(traffic.bytes)
@@ -365,24 +363,21 @@ def measure_cuda(device, args):
               f"  {'form':18}{'ms':>8}{'limit/ms':>10}{'kernels':>9}{'their ms':>10}{'first s':>9}"
               f"{'record s':>10}{'GiB':>7}")
         for form in (form for form in ON_CUDA if form.name in args.forms):
-            if form.compiled and kind not in COMPILE:
-                continue
             row = dict(kind=kind, form=form.name, layout=args.layout, limit=limit, bytes=moved,
                        operators=len(traffic.bytes), bandwidth=bandwidth)
             try:
-                found = measure_form(kind, form, device, options, 3 if args.quick else 7)
-                rows.append(row | found)
-                print(table_row(rows[-1]), flush=True)
-                for name, count, ms in found["kernels"][: 20 * args.profile]:
+                row |= measure_form(kind, form, device, options, 3 if args.quick else 7)
+                print(table_row(row), flush=True)
+                for name, count, ms in row["kernels"][: 20 * args.profile]:
                     print(f"    {ms:8.3f} ms {count:7.1f}  {name[:80]}")
             except Exception as error:  # the other forms are still worth their time
                 said = (str(error).splitlines() or [""])[0]
-                rows.append(row | {"error": f"{type(error).__name__}: {said}"})
-                print(f"  {form.name:18}{rows[-1]['error'][:80]}", flush=True)
+                row["error"] = f"{type(error).__name__}: {said}"
+                print(f"  {form.name:18}{row['error'][:80]}", flush=True)
                 torch.cuda.set_stream(torch.cuda.default_stream())
+            yield row
             gc.collect()
             torch.cuda.empty_cache()
-    return rows
 
 
 def traffic_of(kind, device, options):
@@ -401,7 +396,7 @@ def measure_form(kind, form, device, options, repetitions):
     _, run = build(kind, form, device, **options)
     laps = []
     run(4, Clock(device, laps=laps))
-    times = [1e3 * t for t in by_turns([step_timer(run, device)], repetitions, 1)[:, 0]]
+    times = [1e3 * t for t in by_turns([step_timer(run, device)], repetitions)[:, 0]]
     peak = utils.peak_memory(device)
     first, *others = laps
     return dict(
@@ -561,7 +556,7 @@ def measure_data(table, repetitions):
         parts = (pil[i : i + size] for i in range(0, n, size))
         return seconds(lambda: [torch.stack([*map(transform, part)]) for part in parts], CPU)
 
-    times = by_turns([ours, torchvision], repetitions, warm_up=1)
+    times = by_turns([ours, torchvision], repetitions)
     torch.set_num_threads(threads)
     table.add("ours", n / times[:, 0], "/s")
     table.add("torchvision on PIL images", n / times[:, 1], "/s")
@@ -619,7 +614,7 @@ def measure_start(table, repetitions):
     def prompt():
         return seconds(lambda: subprocess.run([*command, "--help"], stdout=subprocess.PIPE), CPU)
 
-    times = by_turns([first_step, prompt], repetitions, warm_up=1)
+    times = by_turns([first_step, prompt], repetitions)
     table.add("to the first step", times[:, 0], "s")
     table.add("--help to the prompt", times[:, 1], "s")
 
@@ -678,14 +673,20 @@ def main():
     args.forms = args.forms or [f.name for f in ON_CUDA if not (args.quick and f.compiled)]
     about, table = machine(device), Table()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+
+    def keep():  # what is measured by now, for this may be cut off
+        if args.out:
+            with utils.replacing(args.out) as file:
+                file.write(json.dumps({"machine": about, "figures": table.rows}, indent=1).encode())
+
     if device.type == "cuda":
-        table.rows = measure_cuda(device, args)
+        for row in measure_cuda(device, args):
+            table.rows.append(row)
+            keep()
     else:
         for measure in measure_steps, measure_recovery, measure_data, measure_growth, measure_start:
             measure(table, repetitions=3 if args.quick else 9)
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump({"machine": about, "figures": table.rows}, file, indent=1)
+            keep()
 
 
 if __name__ == "__main__":

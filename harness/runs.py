@@ -21,6 +21,7 @@ import sys
 import textwrap
 import threading
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -455,11 +456,13 @@ class Run:
         """Refuse to go on with other training images than a resumed run began with."""
         self.data = dict(classes=images.classes, counts=images.counts())
         if self.checkpoint and self.checkpoint["data"] != self.data:
+            both = [[f"{count} of {name}" for name, count in zip(*data.values(), strict=True)]
+                    for data in (self.data, self.checkpoint["data"])]
+            differ = [pair for pair in zip_longest(*both, fillvalue="none") if len({*pair}) == 2]
             raise UserError(
                 f"{self.args.data} does not hold the training images that {self.args.save} began "
-                "with (by class: "
-                f"{sum(self.data['counts'])} now, {sum(self.checkpoint['data']['counts'])} then): "
-                "give that --data, or start a new run"
+                f"with ({differ[0][0]} now, {differ[0][1]} then): give that --data, or start a new "
+                "run"
             )
 
     @rank_zero_only

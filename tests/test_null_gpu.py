@@ -65,7 +65,7 @@ LOOPS = {
     ],
     "training": [
         *TRAIN, "--batch_size", 320, "--epochs", 3, "--drop_path_prob", 0.5, "--cutout",
-        "--device", "cuda:0",
+        "--cutout_length", 4, "--device", "cuda:0",
     ],
     "imagenet": ["train.py", *IMAGENET, "--arch", "ISTA_ImageNet", "--epochs", 2],
     "one-stage imagenet": [
@@ -98,7 +98,7 @@ def whole(tmp_path_factory):
             imagenet_of_digits(folder / "images")
             done = run(*LOOPS[loop], *EAGER, "--save", "run", cwd=folder, launcher=GPU)
             assert done.stderr == ""
-            made[loop] = folder, done.stdout
+            made[loop] = folder, done.words
         return made[loop]
 
     return make
@@ -106,12 +106,12 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, loop):
-    folder, stdout = whole(loop)
-    assert "device: cuda:0" in stdout and "no CUDA device" not in stdout
+    folder, words = whole(loop)
+    assert "device: cuda:0" in words and "no CUDA device" not in words
     assert len(rows(folder / "run/metrics.jsonl")) == EPOCHS[loop]
     (tmp_path / "images").symlink_to(folder / "images")
     resumed = kill_and_resume(loop, tmp_path)
-    assert "random numbers" not in resumed.stdout
+    assert "random numbers" not in resumed.words
     assert_same_run(folder / "run", tmp_path / "run")
 
 
@@ -119,8 +119,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, loop):
 def test_the_cpu_measures_the_same_network_alike(whole, loop):
     folder, _ = whole(loop)
     flags = ["train.py", "--evaluate", "--weights", "run/network.pt"]
-    here = run(*flags, cwd=folder).stdout
-    there = run(*flags, cwd=folder, launcher=GPU).stdout
+    here = run(*flags, cwd=folder).words
+    there = run(*flags, cwd=folder, launcher=GPU).words
     assert "device: cuda:0" in there and there.replace("cuda:0", "cpu") == here
     accuracy = saved(folder / "run/network.pt")["about"]["test_accuracy"]
     assert f"test accuracy {accuracy:.2f} %" in here
@@ -137,7 +137,7 @@ def test_a_run_goes_on_on_the_other_kind_of_device_and_back(whole, tmp_path, loo
     done = run(*flags, *on_cpu, "--epochs", epochs + 1, cwd=tmp_path)
     assert "the run was on CUDA" in done.words
     done = run(*flags, "--epochs", epochs + 2, "--device", "cuda", cwd=tmp_path, launcher=GPU)
-    assert "the run was on the CPU" in done.words and "device: cuda:0" in done.stdout
+    assert "the run was on the CPU" in done.words and "device: cuda:0" in done.words
     found = [row["epoch"] for row in rows(tmp_path / "run/metrics.jsonl")]
     assert found == [*range(1, EPOCHS[loop] + 3)]
 
@@ -164,7 +164,7 @@ def test_graphs_are_recorded_while_a_thread_pins_images(whole, tmp_path):
     (tmp_path / "images").symlink_to(folder / "images")
     flags = ["--epochs", 1, "--max_search_epochs", 1, "--save", "run"]
     done = run(*LOOPS["one-stage imagenet"], *flags, cwd=tmp_path, launcher=GPU)
-    assert "cannot be recorded" not in done.stdout
+    assert "cannot be recorded" not in done.words
     eager, graphs = (rows(place / "run/metrics.jsonl")[0] for place in (folder, tmp_path))
     assert graphs["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4)
 
@@ -247,12 +247,12 @@ def test_bfloat16_is_refused_on_a_gpu_that_would_emulate_it(tmp_path):
 def test_a_run_on_a_device_that_is_not_there_goes_on_on_another(tmp_path):
     flags = [*TRAIN, "--epochs", 1, "--device", "cuda:1", "--save", "run"]
     done = run(*flags, cwd=tmp_path, launcher=TWO_GPUS)
-    assert "device: cuda:1" in done.stdout
+    assert "device: cuda:1" in done.words
     resume = ["train.py", "--resume", "run", "--epochs", 2]
     done = run(*resume, cwd=tmp_path, status=2, launcher=GPU)
     assert re.fullmatch(r"train\.py: error: --device cuda:1 cannot be used here.*\n", done.stderr)
     done = run(*resume, "--device", "cuda", cwd=tmp_path, launcher=GPU)
-    assert "device: cuda:0" in done.stdout and "random numbers" not in done.stdout
+    assert "device: cuda:0" in done.words and "random numbers" not in done.words
 
 
 def test_two_ranks_take_a_device_each(tmp_path):
@@ -266,7 +266,7 @@ def test_two_ranks_take_a_device_each(tmp_path):
     assert torch.equal(first["data"], second["data"])
     assert not torch.equal(first["cuda"], second["cuda"]), "each drops its own paths"
     done = run("search.py", "--resume", "run", "--epochs", 2, cwd=tmp_path, launcher=GPU)
-    assert "random numbers" not in done.stdout
+    assert "random numbers" not in done.words
 
 
 def test_more_ranks_than_devices_are_refused_once(tmp_path):

@@ -1,0 +1,153 @@
+"""experiments/follow.py: supernets, walks and searches, stopped and gone on with."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scripts import ROOT, Process
+
+import genotypes
+import search
+from utils import UserError
+
+sys.path.append(str(ROOT / "experiments"))
+
+import follow
+
+SIZES = "--init_channels 2 --layers 3 --batch_size 240 --epochs 2"
+FLAGS = ["--dataset", "digits", "--image_size", "8", "--search_flags", SIZES, "--supernets", "1",
+         "--supernet_epochs", "2", "--cells", "4", "--walks", "1", "--steps", "80", "--seeds", "1"]
+
+
+def parse(folder, *more):
+    return follow.get_args_parser().parse_args([*more, "--save", str(folder), *FLAGS])
+
+
+def call(folder, *more):
+    follow.main(parse(folder, *more))
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a trained supernet."""
+    folder = tmp_path_factory.mktemp("follow")
+    call(folder, "train")
+    return folder
+
+
+def supernet(folder, condition="uniform"):
+    one = follow.Supernet(parse(folder, "walk"), 0, 0, condition)
+    one.load()
+    return one
+
+
+def test_a_cell_that_runs_alone_is_its_genotype_with_weights_of_1(trained):
+    one, cell = supernet(trained), genotypes.draw(0, distinct_edges=True)
+    one.run_only(cell)
+    assert one.net.genotype() == cell
+    assert all((code.active_weights() == 1).all() for code in one.net.codes)
+    assert one.measure(cell) == one.measure(cell) != one.measure(genotypes.draw(1, True))
+
+
+def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(
+    trained, tmp_path, monkeypatch
+):
+    step, calls = search.weight_step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:  # in the second epoch of three steps
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(search, "weight_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path, "train")
+    row = call(tmp_path, "train")[0]
+    assert len(calls) == 4 + 3 and row == call(trained, "train")[0] and len(row["losses"]) == 4
+    files = [torch.load(folder / "supernet-0.pt")["net"] for folder in (trained, tmp_path)]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+@pytest.mark.parametrize("condition, weight_decay, each", [
+    ("uniform", 1e-3, 40), ("normal", 1e-3, 40), ("rate ∝ |b|", 1e-3, 40),
+    ("decay of b", 0.1, 40), ("b scaled back", 1e-3, 40), ("recovery each 10", 1e-3, 10),
+])
+def test_in_a_walk_b_alone_moves_as_its_condition_says(
+    trained, monkeypatch, condition, weight_decay, each
+):
+    one = supernet(trained, condition)
+    net, seen = one.net, []
+    weights = [p.clone() for p in net.weight_parameters()]
+    step, recover = search.arch_step, net.recover
+
+    def norms():
+        return [b.detach().norm().item() for b in net.arch_parameters()]
+
+    def arch_step(*args):
+        adam = args[4]
+        assert {group["weight_decay"] for group in adam.param_groups} == {weight_decay}
+        share = np.array(norms()) / 0.1 if condition == "rate ∝ |b|" else np.ones(8)
+        np.testing.assert_allclose([g["lr"] for g in adam.param_groups], 4 * 6e-4 * share)
+        seen.append(norms())
+        return step(*args)
+
+    def recovered(solver):
+        recoveries.append((len(seen), norms()))
+        return recover(solver)
+
+    recoveries = []
+    monkeypatch.setattr(search, "arch_step", arch_step)
+    monkeypatch.setattr(net, "recover", recovered)
+    row = one.walk(condition, 80)
+    assert [k for k, _ in recoveries] == [*range(each, 81, each)]
+    assert all(map(torch.equal, weights, net.weight_parameters()))
+    assert seen[0] != seen[1] and 100 * 16 / 196 <= row["ran"] <= 100
+    for _, found in recoveries:
+        assert np.allclose(found, seen[0], rtol=1e-5) == (condition == "b scaled back")
+    columns = torch.cat([A.norm(dim=0) for code in net.codes for A in code.A])
+    assert torch.allclose(columns, torch.ones_like(columns)) == (condition == "normal")
+    assert genotypes.from_lists(row["genotypes"][1]) == net.genotype()
+
+
+def test_a_loser_is_the_one_of_a_node_whose_weight_rose_less():
+    nodes = [[(0, 1), (1, 2)], [(0, 3), (2, 4)], [(0, 0), (1, 0)], [(0, 5), (1, 5)]]
+    after = [[(0, 1), (1, 6)], [(0, 3), (1, 6)], [(0, 1), (1, 2)], [(0, 5), (1, 5)]]
+    rise = np.array([[0.2, 0.1], [-0.2, -0.1], [1, 2], [1, 2]])
+    assert follow.losers(nodes, after, rise) == [True, False]
+
+
+def test_what_is_done_is_not_done_again_and_the_summary_tells_it(
+    trained, tmp_path, monkeypatch, capsys
+):
+    commands = []
+
+    def start(command, **streams):
+        commands.append(" ".join(command))
+        process = Process(*command[1:], cwd=tmp_path)
+        return subprocess.CompletedProcess(command, process.wait(), stderr=process.stderr)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    for _ in range(2):
+        rows = call(trained, "train", "search", "walk")
+    assert [row["part"] for row in rows] == ["train", "search", "search", *6 * ["walk"]]
+    assert ["--dictionary normal" in command for command in commands] == [False, True]
+    assert all("--distinct_edges --seed 2" in command for command in commands)
+    assert len({row["first"] for row in rows[3:] if row["condition"] != "normal"}) == 1
+    with pytest.raises(UserError, match="is of other flags"):
+        call(trained, "search", "--cells", "5")
+
+    capsys.readouterr()
+    call(trained, "summary")
+    text = capsys.readouterr().out
+    assert text.count(": 1 searches") == 8
+    assert f"{rows[2]['accuracy'] - rows[1]['accuracy']:.2f}\n" in text.splitlines(True)[-1]
+
+
+def test_an_estimate_has_the_interval_of_student():
+    assert follow.estimate([1, 2, 3, 4]) == "2.50 ± 0.65 [0.45 to 4.55]"  # t is 3.182
+    assert follow.estimate([3]) == "3.00" and follow.estimate([]) == "–"
