@@ -6,21 +6,23 @@
 #
 # Each part is cut off by its own time limit. RESULTS gets log.txt, the figures of the benchmark, and
 # metrics and genotypes of the searches.
-set -uo pipefail
+set -u
 results=$(realpath -m "$1") data=$(realpath -m "$2") sizes=() small=()
 if [ "${3:-}" = small ]; then
     sizes=(--init_channels 2 --layers 3) small=(--small)
 fi
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
-work=$(mktemp -d)
+work=$(mktemp -d) log=$results/log.txt
 mkdir -p "$results"
 
 part() {  # NAME SECONDS COMMAND...
     local name=$1 limit=$2 began=$SECONDS
     shift 2
-    timeout -k 5 "$limit" "$@" 2>&1 </dev/null | tee -a "$results/log.txt" >"$work/$name.txt"
+    echo "== $name" >>"$log"
+    timeout -k 5 "$limit" "$@" >>"$log" 2>&1 </dev/null  # no pipe: workers may outlive a command
     echo "$name: exit status $? after $((SECONDS - began)) s (124: cut off)"
+    sed "1,/^== $name\$/d" "$log" >"$work/$name.txt"
 }
 
 bench() {  # NAME SECONDS FLAGS...
@@ -54,6 +56,6 @@ for name in channels-last nchw compiled; do
     tail -n +2 "$work/$name.txt" | cut -c1-100
 done
 for name in two-stage one-stage; do
-    grep -E "^ +epoch|^ +[0-9]+/|^ +search [0-9]+" "$work/$name.txt" | sed -n '1p;2p;$p' | cut -c1-120
+    grep -E "^ +epoch|^ +[0-9]+/|^ +search [0-9]+" "$work/$name.txt" | sed -n '1,2p;3,${$p}'
 done
 rm -rf "$work"

@@ -177,7 +177,9 @@ def read_weights(path):
             name.removeprefix("module."): value  # the name DataParallel gives it
             for name, value in state.get("state_dict", state).items()
         }
-        return {"weights": weights, "config": shape_of(weights), "args": {}, "about": {}}
+        config = shape_of(weights)
+        args = {"dataset": "imagenet"} if config["imagenet"] else {}
+        return {"weights": weights, "config": config, "args": args, "about": {}}
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):  # of a tensor
         raise UserError(f"{path} holds no weights of a DARTS network") from None
 
