@@ -196,7 +196,8 @@ class SparseCode(nn.Module):
 
     def choose_unfrozen(self, codes):
         """What `choose` says, but for frozen nodes."""
-        nodes = zip(self.is_frozen, self.support, self.choose(codes), strict=True)
+        chosen = [[(int(edge), int(op)) for edge, op in node] for node in self.choose(codes)]
+        nodes = zip(self.is_frozen, self.support, chosen, strict=True)
         return [last if frozen else new for frozen, last, new in nodes]
 
     @torch.no_grad()

@@ -104,8 +104,8 @@ def choose_device(name, amp=False):
         torch.rand(1, dtype=torch.float64, device=device, generator=generator).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}): leave it out, "
-            "or give cpu"
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}): give another "
+            "one, cpu say"
         ) from None
     if device.type == "cuda":
         # Emulated, bfloat16 is some 40 times the kernels of a step.

@@ -614,7 +614,7 @@ def measure_start(table, repetitions):
     def prompt():
         return seconds(lambda: subprocess.run([*command, "--help"], stdout=subprocess.PIPE), CPU)
 
-    times = by_turns([first_step, prompt], repetitions)
+    times = by_turns([first_step, prompt], 1 + repetitions // 2)
     table.add("to the first step", times[:, 0], "s")
     table.add("--help to the prompt", times[:, 1], "s")
 

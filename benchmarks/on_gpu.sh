@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 work=$(mktemp -d) log=$results/log.txt
 mkdir -p "$results"
+: >"$log"
 
 part() {  # NAME SECONDS COMMAND...
     local name=$1 limit=$2 began=$SECONDS

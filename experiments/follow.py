@@ -17,8 +17,8 @@ published search, and a recovery each 40 steps. Conditions:
     rate ∝ |b|         uniform; Adam's rate of a node times ‖b‖ / 0.1. (‖b‖ begins at 0.003 and
                        grows to about 0.9, while Adam's steps stay as they are.)
     decay of b         uniform; --arch_weight_decay 0.1, 100 times the published
-    b scaled back      uniform; before each recovery b gets its first norm again. The same pairs are
-                       chosen, as z scales with b, but so does w: see what the loss does
+    b scaled back      uniform; before each recovery b gets its first norm again. Nearly the same
+                       pairs are chosen, as z scales with b, but so does w: see the loss
     recovery each 10   uniform; --recover_every 10
 
 Search i (0 to 7) in supernet k has seed 1000 k + i in all conditions: the uniform ones share A, the
@@ -26,9 +26,8 @@ first b and the batches. Primary outcome: the loss with w = 1 of the final cell 
 which neither weights nor b have seen, as a percentile (share that is worse) among 300 random cells
 (`genotypes.draw` of 5,000 to 5,299). Others: the same of the first cell; the share of the 196 pairs
 that ever ran; how often, when one of a node's two left, its |w| had fallen against the other's
-(loser); pairs that change in 40 steps, mean of the last ten; training loss of the five steps before
-a recovery and the five after; the final cell's NAS-Bench-301 percentile; Spearman's correlation of
-the 300 losses with NAS-Bench-301.
+(loser); pairs that change in 40 steps, mean of the last ten; training loss of five steps before and
+after a recovery; NAS-Bench-301 percentile of the final cell; Spearman's ρ of it and the 300 losses.
 
 (b) `search`: does it help a search? search.py with --search_flags, weights and b by turns; seeds 2,
 3, 4, ..., uniform, normal, and with --cure the best cure of (a). Primary outcome: NAS-Bench-301
@@ -216,7 +215,7 @@ class Supernet:
                 lost += losers(nodes, new_nodes, w - w_then)
                 ran, w_then = ran | pairs, w_new
             if step % EPOCH == 0:
-                changed, marked = [*changed, len(pairs - marked)], pairs
+                changed, marked = [*changed, len(state(net)[1] - marked)], state(net)[1]
         at = range(every, steps - 4, every)
         return dict(
             ran=100 * len(ran) / PAIRS, losers=100 * float(np.mean(lost)) if lost else None,
@@ -280,7 +279,6 @@ def run_searches(args):
         evidence.finish("search.py", folder, given, args)
         run = visualize.read_run(str(folder))
         add(args, "search", item, accuracy=run.metrics[-1]["valid_accuracy"],
-            seconds=sum(row["seconds"] for row in run.metrics),
             genotypes=[genotypes.as_lists(run.history[k].genotype) for k in (0, -1)])
 
 
@@ -317,9 +315,9 @@ def summary(args):
     print(*{row["processor"] for row in supernets + walks + searches}, sep=", ")
     for row in supernets:
         scores = map(surrogate.accuracy, random_cells(len(row["losses"]))) if surrogate else []
-        rho = stats.spearmanr(row["losses"], [*scores]).statistic if surrogate else "not known"
+        rho = stats.spearmanr(row["losses"], [*scores]).statistic if surrogate else np.nan
         print(f"supernet {row['supernet']}: {row['accuracy']:.1f} % on test images, random cells; "
-              f"Spearman's correlation of loss and NAS-Bench-301: {rho}")
+              f"Spearman's correlation of loss and NAS-Bench-301: {rho:.2f}")
     for row in walks + searches:
         both = map(genotypes.from_lists, row["genotypes"])
         row["early"], row["score"] = (surrogate and surrogate.score(g)[1] for g in both)

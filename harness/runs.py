@@ -164,7 +164,8 @@ class Run:
         # All ranks together go on with the batches they had.
         together = saved["batch_size"] * len(checkpoint["random"])
         saved["batch_size"] = max(together // distributed.world_size(), 1)
-        saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
+        saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume,
+                     cuda_graphs=typed.cuda_graphs)
         self.checkpoint, self.args = checkpoint, type(typed)(**saved)
 
     def begin(self, device, columns):
