@@ -1,7 +1,8 @@
 """What a step at its published size, and a recovery, ask of a CUDA device.
 
-Run as a script by a null GPU, without values: prints, of each kind, launches, host syncs and peak
-memory in GiB, as JSON. The tests take `prepare` and `take_epoch` from here.
+Run as a script by a null GPU, without values: prints, of each kind, launches, host syncs, peak
+memory in GiB, and the operators that take a strided tensor in channels-last, as JSON. The tests
+take `prepare` and `take_epoch` from here.
 """
 
 import itertools
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import nullgpu
@@ -66,7 +68,7 @@ def take_epoch(args, net, batches):
 
 
 class Recorded(list):
-    """Four batches alike; what the step on the last one asks for is recorded."""
+    """Five batches alike; what the steps on the last two ask for is recorded."""
 
     def __iter__(self):
         yield from itertools.repeat(self[0], 3)  # the first steps allocate, and fill
@@ -74,24 +76,53 @@ class Recorded(list):
         with nullgpu.record() as self.record:
             yield self[0]
         self.peak = torch.cuda.max_memory_allocated() / 2**30
+        with Formats() as self.formats:
+            yield self[0]
 
     def endless(self):
         return itertools.repeat(self[0])
+
+
+class Formats(TorchDispatchMode):
+    """Convolutions and BatchNorms that take a large tensor which is not dense in channels-last."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.strided = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.name() or "batch_norm" in func.name():
+            large = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 4
+                     and x.numel() > 100_000]
+            self.all += 1
+            if not all(x.is_contiguous(memory_format=torch.channels_last) for x in large):
+                self.strided.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def record(kind, amp, layout):
+    """Of a step: launches, host syncs, GiB, and where a strided tensor is taken."""
+    args, net = prepare(kind, *["--amp"] * amp)
+    device = torch.device("cuda", 0)
+    with nullgpu.Shadow():  # it compares values
+        net = fast.accelerate(net.to(device, memory_format=layout))
+    x = torch.zeros(args.batch_size, 3, 32, 32).to(device, memory_format=layout)
+    batches = Recorded([(x, torch.zeros(len(x), dtype=torch.int64).to(device))])
+    take_epoch(args, net, batches)
+    assert batches.formats.all > 500
+    return (len(batches.record.launches), len(batches.record.waits), batches.peak,
+            batches.formats.strided)
 
 
 def main():
     device, counts = utils.choose_device("cuda"), {}
     utils.Meter.read = lambda meter: (0.0, 0.0)  # there are no values
     for kind, amp in itertools.product(KINDS, (False, True)):
-        args, net = prepare(kind, *["--amp"] * amp)
-        layout = utils.memory_format(device, amp, two_stage=kind == "two-stage")
-        with nullgpu.Shadow():  # it compares values
-            net = fast.accelerate(net.to(device, memory_format=layout))
-        x = torch.zeros(args.batch_size, 3, 32, 32).to(device, memory_format=layout)
-        batches = Recorded([(x, torch.zeros(len(x), dtype=torch.int64).to(device))])
-        take_epoch(args, net, batches)
         name = f"{kind}, bfloat16" if amp else kind
-        counts[name] = len(batches.record.launches), len(batches.record.waits), batches.peak
+        layout = utils.memory_format(device, amp, two_stage=kind == "two-stage")
+        counts[name] = record(kind, amp, layout)
+        if layout != torch.channels_last:
+            counts[f"{name}, channels-last"] = record(kind, amp, torch.channels_last)
 
     with nullgpu.Shadow():  # a recovery depends on values
         for kind in ("two-stage", "one-stage"):
@@ -100,10 +131,10 @@ def main():
             net.recover()
             # The points have not moved since: in one-stage search all nodes freeze.
             limits = (args.freeze_tol, args.max_params) if args.one_stage else ()
-            with nullgpu.record() as record:
+            with nullgpu.record() as asked:
                 net.recover(args.solver, *limits)
-            syncs = [entry for entry in record.waits if entry.name == "cudaStreamSynchronize"]
-            counts[f"recovery of {kind}"] = len(record.launches), len(syncs), 0.0
+            syncs = [entry for entry in asked.waits if entry.name == "cudaStreamSynchronize"]
+            counts[f"recovery of {kind}"] = len(asked.launches), len(syncs), 0.0, []
     print(json.dumps(counts))
 
 

@@ -228,6 +228,40 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(tmp_path):
     assert_same_training(tmp_path)
 
 
+# A rate that falls from step to step, and a factor of the loss that Python counts up in each step.
+FALLING = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+import train
+run_step = train.utils.Graphs.run
+def run(graphs, step, *args):
+    args[3].param_groups[0]["lr"] *= 0.9
+    return run_step(graphs, step, *args)
+train.utils.Graphs.run = run
+"""
+COUNTING = f"""
+import itertools, sys
+sys.path.append({str(ROOT)!r})
+import utils
+criterion, count = utils.criterion, itertools.count(1)
+def counting(*args):
+    loss, total = criterion(*args)
+    return loss, total * next(count)
+utils.criterion = counting
+"""
+
+
+def test_a_number_in_a_group_is_recorded_anew_and_another_is_a_constant(tmp_path):
+    flags = ["--batch_size", 160, "--epochs", 2, "--drop_path_prob", 0]
+    for name, text, same in ("falling", FALLING, True), ("counting", COUNTING, False):
+        folder = tmp_path / name
+        folder.mkdir()
+        run_meddled(folder, text, *flags, *EAGER, "--save", "eager")
+        assert "cannot be recorded" not in run_meddled(folder, text, *flags, "--save", "graphs")
+        eager, graphs = (rows(folder / place / "metrics.jsonl") for place in ("eager", "graphs"))
+        assert (eager == graphs) == same
+
+
 @pytest.mark.parametrize("command", [TWO_STAGE, TRAIN])
 def test_bfloat16(tmp_path, command):
     run(*command, "--epochs", 1, "--amp", "--save", "run", cwd=tmp_path, launcher=GPU)
@@ -299,5 +333,20 @@ def launches():
     ("recovery of two-stage", 100, 2, 0), ("recovery of one-stage", 100, 2, 0),
 ])
 def test_what_a_step_asks_for(launches, kind, most_launches, most_syncs, most_memory):
-    count, syncs, memory = launches[kind]
+    count, syncs, memory, _ = launches[kind]
     assert count <= most_launches and syncs <= most_syncs and memory <= most_memory
+
+
+@pytest.mark.parametrize("kind", ["two-stage", "one-stage", "retraining"])
+def test_bfloat16_adds_few_launches(launches, kind):
+    """All casts are made together; BatchNorm is the same in both, as the layout is."""
+    float32 = launches.get(f"{kind}, channels-last", launches[kind])
+    assert launches[f"{kind}, bfloat16"][0] <= 1.1 * float32[0]
+
+
+def test_convolutions_and_batch_norms_take_dense_tensors_in_channels_last(launches):
+    """Else a kernel falls back to another layout, or copies."""
+    found = {kind: strided for kind, (*_, strided) in launches.items()}
+    assert sum(" bfloat16" in k or "channels-last" in k or k == "two-stage" for k in found) == 6
+    del found["one-stage"], found["retraining"]  # in NCHW
+    assert not any(found.values()), found
