@@ -143,6 +143,9 @@ def _results(layer, cls, device):
     layer.__class__ = cls
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        for m in layer.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.reset_running_stats()  # without a momentum, batches are counted
         for tensor in (*layer.parameters(), *layer.buffers()):
             if tensor.is_floating_point():  # positive, for a variance is among them
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
@@ -166,12 +169,14 @@ def _inputs(layer, generator, device):
     channels = next((size for size in sizes if size), 4)
 
     def images():
-        x = torch.randn(8, channels, 8, 8, generator=generator).to(device)
+        x = torch.randn(8, channels, 8, 8, generator=generator)
+        x = (x * torch.logspace(-1, 1.5, 8).view(8, 1, 1, 1)).to(device)  # as ReLU6 tells apart
         return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     if isinstance(layer, model_search.MixedOp):
-        w = torch.tensor(-0.7, device=device, requires_grad=True)
-        return [(images(), k, w) for k, op in enumerate(layer._ops) if op is not None]
+        ops = [k for k, op in enumerate(layer._ops) if op is not None]
+        sizes = torch.tensor([3 * (-0.5) ** n for n in range(len(ops))], device=device)
+        return [(images(), k, w.requires_grad_()) for k, w in zip(ops, sizes, strict=True)]
     return [([images(), images()],) if isinstance(layer, operations.Concat) else (images(),)]
 
 

@@ -100,7 +100,7 @@ OPERATIONS = {
     "hook of the gradient": (in_init(FactorizedReduce, lambda op: op.register_full_backward_hook(
         lambda op, g, _: (2 * g[0],))), "FactorizedReduce"),
     "statistics": (in_forward(DilConv, lambda before, op, x: (
-        before(op, x), op.training and op.op[3].running_mean.add_(1))[0]), "DilConv"),
+        op.training and op.op[3].running_mean.add_(1), before(op, x))[1]), "DilConv"),
     "weights held": (in_init(SepConv, lambda op: op.requires_grad_(False)), ""),
     "γ and β held": (in_init(nn.BatchNorm2d, lambda norm: norm.requires_grad_(False)), ""),
     "ReLUConvBN": (in_forward(ReLUConvBN, lambda before, op, x: before(op, x) + 0.1), "ReLUConvBN"),
