@@ -132,10 +132,15 @@ def computes_the_same(layer, faster):
                     return False
         return True
 
-    for allow_tf32 in (False, True):  # a cuDNN may have no kernel without it
-        with contextlib.suppress(Exception):  # if what an edit provokes is real, a step raises it
-            return compare(allow_tf32)
-    return False
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small, and threads wait for busy cores
+    try:
+        for allow_tf32 in (False, True):  # a cuDNN may have no kernel without it
+            with contextlib.suppress(Exception):  # if what an edit provokes is real, a step raises
+                return compare(allow_tf32)
+        return False
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _results(layer, cls, device):
