@@ -358,6 +358,12 @@ def load(dataset, root, image_size=32, device="cpu", workers=0, log=print, *, te
     *pairs, classes = DATASETS[dataset](
         root, image_size=image_size, workers=workers, log=log, test_only=test_only
     )
+    for x, y in filter(None, pairs):
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise UserError(f"{dataset}: its loader must give images (N, 3, H, W), not {x.shape}")
+        if len(y) and not 0 <= min(y) <= max(y) < len(classes):
+            raise UserError(f"{dataset}: its loader gives labels from {min(y)} to {max(y)}, and "
+                            f"{len(classes)} classes")
     train, test = (pair and (_resize(pair[0], image_size), pair[1]) for pair in pairs)
     mean = std = None
     if dataset == "cifar10":

@@ -72,7 +72,7 @@ def accelerate(net, log=print):
                     layer.__class__ = faster
         if left := sum(type(layer) is plain for layer in layers):
             log(f"{plain.__name__} runs as it is written, not accelerated, in {left} of "
-                f"{len(layers)} layers: it has been edited")
+                f"{len(layers)} layers: fast.py does not know what it computes there (an edit?)")
     if any(p.is_cuda for p in net.parameters()):
         cast_together(net)
     return net

@@ -43,7 +43,7 @@ class Recovery(NamedTuple):
     not_converged : int
         Codes for which the solver asked for did not converge, so that homotopy solved them.
     too_sparse : list of bool
-        Nodes with a zero among the chosen entries of their code; they do not freeze.
+        Nodes whose code has fewer than s nonzero entries to choose from; they do not freeze.
     lam_max : list of float
         ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
     """
@@ -129,7 +129,7 @@ class SparseCode(nn.Module):
         self.b = nn.ParameterList()
         for j in range(NODES):
             n = len(PRIMITIVES) * (j + 2)
-            self.register_buffer(f"A{j}", DICTIONARIES[dictionary](proj_dims, n))
+            self.register_buffer(f"A{j}", DICTIONARIES[dictionary](proj_dims, n).double())
             self.register_buffer(f"z{j}", torch.zeros(n, dtype=torch.float64))
             self.b.append(nn.Parameter(1e-3 * torch.randn(proj_dims)))
         # The state dict holds what is final and what runs as tensors; Python asks the lists.
@@ -193,6 +193,12 @@ class SparseCode(nn.Module):
             chosen = np.sort(order[: self.sparseness]).tolist()
             support.append([divmod(k, len(PRIMITIVES)) for k in chosen])
         return support
+
+    def is_too_sparse(self, z):
+        """Whether a code has fewer than s nonzero entries to choose from."""
+        pairs = np.flatnonzero(z)
+        choices = np.unique(pairs // len(PRIMITIVES)) if self.distinct_edges else pairs
+        return len(choices) < self.sparseness
 
     def choose_unfrozen(self, codes):
         """What `choose` says, but for frozen nodes."""
@@ -449,9 +455,10 @@ class Network(Skeleton):
         if share:
             codes, supports = share((codes, supports))
 
-        nodes = [*zip(_joined(codes), _joined(last), _joined(supports), strict=True)]
-        distance = [float(np.linalg.norm(z - old)) for z, old, _ in nodes]
-        too_sparse = [not z[indices(pairs)].all() for z, _, pairs in nodes]
+        nodes = zip(_joined(codes), _joined(last), strict=True)
+        distance = [float(np.linalg.norm(z - old)) for z, old in nodes]
+        too_sparse = _joined([code.is_too_sparse(z) for z in of_type]
+                             for code, of_type in zip(self.codes, codes, strict=True))
         parameters, rejected = None, False
         if freeze_tol is not None or max_params is not None:
             parameters = self.retraining_parameters(self.genotype(supports))

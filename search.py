@@ -262,7 +262,7 @@ def load_images(run, device):
         weight_half, arch_half = (train.subset(half) for half in halves)
         parts = weight_half, arch_half, arch_half
         run.log(f"{args.dataset}: {len(weight_half)} images train the weights, {len(arch_half)} "
-                "others train b; these, not augmented, give the valid loss and accuracy")
+                "others b; valid loss and accuracy are those of the images of b, not augmented")
     published = published_setting(vars(args))
     if not run.checkpoint:
         smallest = min(len(part) for part in parts[:2] if part)
@@ -383,14 +383,15 @@ def report(run, row, epoch):
         size = f"{row['parameters'] / 1e6:.3f} M parameters"
         if row["rejected"]:
             size += f", rejected: --max_params is {args.max_params:g}"
-        run.log(f"    searching {row['frozen'].count(False)} of {len(nodes)} nodes; {size}")
+        run.log(f"    {row['frozen'].count(False)} of {len(nodes)} nodes not frozen; the cell's "
+                f"network has {size}")
         moved = [
             "frozen" if frozen and not distance else f"{distance:.1e}" + "→frozen" * frozen
             for frozen, distance in zip(row["frozen"], row["distance"], strict=True)
         ]
         each = genotypes.NODES
         for cell, part in ("normal", moved[:each]), ("reduction", moved[each:]):
-            run.log(f"    {cell} codes moved by {' '.join(part)}")
+            run.log(f"    distance of each {cell} code from the last: {' '.join(part)}")
 
 
 def announce(run, before, genotype, epoch):
@@ -436,7 +437,8 @@ def finish(run, net, images, measured_batches, row):
     run.draw(visualize.draw_run)
     run.log(f"the search is done: genotype = {net.genotype()}", whole=True)
     if not args.one_stage:
-        run.log("to train it from scratch, at the published size unless flags say otherwise:")
+        run.log("to train it from scratch (36 channels, 20 cells, 600 epochs; for less add "
+                "--init_channels, --layers, --epochs):")
         arch = shlex.quote(run.file("genotype.json"))
         run.log(f"    python train.py --arch {arch}{flags.data_flags(args)}"
                 f"{flags.cutout_flag(args)}", whole=True)

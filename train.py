@@ -205,7 +205,7 @@ def load_images(run, device, config, source):
     if not run.checkpoint:
         published = published_setting(vars(args))
         flags.fit_to_data(args, len(train), published, distributed.world_size(), run.log)
-    if device.type == "cpu":
+    if device.type == "cpu" and args.init_channels >= RETRAINING["init_channels"]:
         run.log("there is no CUDA device: the published recipe takes weeks on a small CPU; "
                 "fewer --init_channels, --layers and --epochs help")
     return train, test
@@ -243,6 +243,10 @@ def network_config(args, source):
         If a typed flag contradicts the file.
     """
     config = dict(source["config"]) if source else {}
+    try:
+        genotypes.from_lists(config.get("genotype", genotypes.as_lists(genotypes.draw(0))))
+    except ValueError as error:  # an operation that is not among PRIMITIVES now, say
+        raise utils.UserError(f"{args.weights or args.resume}: {error}") from None
     if args.arch and not args.resume:  # a resumed run has its genotype in the checkpoint
         genotype, one_stage = read_arch(args.arch)
         named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)

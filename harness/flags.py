@@ -246,9 +246,11 @@ def check_shared(args):
     if args.save and os.path.lexists(args.save):
         is_first = os.environ.get("RANK", "0") == "0"  # which makes it for all, maybe just now
         if is_first and (not os.path.isdir(args.save) or os.listdir(args.save)):
+            can_resume = os.path.isfile(os.path.join(args.save, "checkpoint.pt"))
             raise UserError(
-                f"--save {args.save} exists already and is not overwritten: choose another "
-                f"folder, or continue that run with --resume {args.save}"
+                f"--save {args.save} exists already and is not overwritten: choose another folder, "
+                + (f"or continue that run with --resume {args.save}" if can_resume else
+                   "or remove it: it has no checkpoint")
             )
     if args.dataset == "imagefolder" and not os.path.isdir(args.data):
         raise UserError(

@@ -509,10 +509,10 @@ def plain(value):
 
 
 def cell(text, row):
-    """A format string filled in, or a dash where the row has no such number."""
+    """A format string filled in, or a dash where the row has nothing that fits it."""
     try:
         return text.format(**row)
-    except KeyError:
+    except (LookupError, TypeError, ValueError, AttributeError):
         return "–"
 
 

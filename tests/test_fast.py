@@ -193,7 +193,7 @@ def on_one_input(mixed, names, x, w):
     return [y, *torch.autograd.grad(y.pow(2).sum(), [x, w])]
 
 
-@pytest.mark.parametrize("names", itertools.combinations_with_replacement(PRIMITIVES, 2))
+@pytest.mark.parametrize("names", [*itertools.combinations_with_replacement(PRIMITIVES, 2)])
 def test_two_operations_on_one_input(names):
     """They share its ReLU; neither may spoil it, the input or a gradient for the other."""
     plain = shuffle(model_search.MixedOp(4, 1, one_stage=False).double())
