@@ -57,7 +57,7 @@ class Images:
         return len(self.labels)
 
     def subset(self, index):
-        """The images at `index` (an int64 tensor, any device), copied."""
+        """The images at `index` (int64, any device), copied."""
         index = index.to(self.labels.device)
         return replace(self, images=self.images[index], labels=self.labels[index])
 
@@ -80,7 +80,6 @@ class Images:
                        std=tuple(std))
 
     def batches(self, batch_size, **options):
-        """`Batches` of these images, with its options."""
         return Batches(self, batch_size, **options)
 
 
@@ -103,15 +102,7 @@ def _axis(n, device):
 
 
 def normalize(x, mean, std, memory_format=torch.preserve_format):
-    """``(x / 255 - mean) / std`` for each channel.
-
-    Parameters
-    ----------
-    x : uint8 tensor (B, C, H, W)
-    mean, std : sequences of C floats
-    memory_format : torch.memory_format
-        Of the float32 tensor (B, C, H, W) that is returned.
-    """
+    """``(x / 255 - mean) / std`` for each channel: uint8 (B, C, H, W) to float32 (B, C, H, W)."""
     _check_uint8(x)
     scale, bias = _scale_and_bias(tuple(mean), tuple(std), x.device)
     out = torch.empty_like(x, dtype=torch.float32, memory_format=memory_format)
@@ -135,20 +126,10 @@ def augment(
     ``cy + length // 2`` (columns likewise) is set to 0 as far as it lies inside the image, its
     centre uniform over the pixels (DeVries and Taylor, arXiv 1708.04552).
 
-    Parameters
-    ----------
-    x : uint8 tensor (B, C, H, W)
-    mean, std, memory_format
-        As in `normalize`, whose result has the same form.
-    flip : bool
-        Whether to mirror at all.
-    generator : torch.Generator on the device of x, or None for torch's default one
-    rank, world_size : int
-        x is this rank's share of a batch of ``world_size * B`` images. The random numbers of the
-        whole batch are drawn on every rank, so that generators in one state stay so, and an image
-        is augmented as it would be by a single rank.
-    cutout_length : int
-        Side of the square; 0 for no cutout. `Batches` passes on this and what else you add here.
+    ``x``, uint8 (B, C, H, W), is this rank's share of a batch of ``world_size * B`` images. The
+    random numbers of the whole batch are drawn on every rank, so that generators in one state stay
+    so, and an image is augmented as it would be by a single rank. ``flip`` says whether to mirror
+    at all; a ``cutout_length`` of 0 is no cutout. `Batches` passes on this and what you add here.
     """
     B, C, H, W = x.shape
     row, _, row_centre = _axis(H, x.device)
@@ -207,25 +188,15 @@ def cut(images, batch_size, *, train, rank=0, world_size=1):
 class Batches:
     """Batches ``(x, y)`` of a data set: float32 (B, 3, H, W), normalised, and int64 (B,).
 
-    Each iteration is one pass over the data, as `cut` says. In training, it is in a new random
-    order and augmented. Otherwise it is in order and whole.
+    Each iteration is one pass over the data, as `cut` says: in training in a new random order and
+    augmented, otherwise in order and whole. ``batch_size`` is that of one rank; UserError where it
+    leaves no batch, or not a whole one to train on. ``augmentation`` is what else `augment` takes,
+    such as ``cutout_length``, in training only.
 
-    All randomness is drawn from ``generator``, while iterating. There is no other state: with
-    the generator set back to what it was before a pass, the pass repeats itself exactly. Ranks
-    whose generators begin in the same state draw alike.
-
-    Parameters
-    ----------
-    images : Images
-    batch_size : int
-        Of one rank. UserError where that leaves no batch, or not a whole one to train on.
-    train : bool
-    generator : torch.Generator on the device of the data, or None for torch's default one
-    memory_format : torch.memory_format
-        Of x.
-    rank, world_size : int
-    **augmentation
-        What else `augment` takes, such as ``cutout_length``; used in training only.
+    All randomness is drawn from ``generator``, on the device of the data (None: torch's default
+    one), while iterating. There is no other state: with the generator set back to what it was
+    before a pass, the pass repeats itself exactly. Ranks whose generators begin in the same state
+    draw alike.
     """
 
     def __init__(
@@ -241,13 +212,9 @@ class Batches:
         if len(images) == 0 or train and not self.slices:
             what = f"too few images to {'train' if train else 'evaluate'} on ({len(images)})"
             raise UserError(f"{what}: use a larger data set or another --train_portion")
-        self.images = images
-        self.batch_size = batch_size
-        self.train = train
-        self.generator = generator
-        self.memory_format = memory_format
-        self.rank, self.world_size = rank, world_size
-        self.augmentation = augmentation
+        self.images, self.batch_size, self.train = images, batch_size, train
+        self.generator, self.memory_format = generator, memory_format
+        self.rank, self.world_size, self.augmentation = rank, world_size, augmentation
 
     def __len__(self):
         return len(self.slices)
@@ -273,9 +240,8 @@ class Batches:
     def endless(self):
         """Pass after pass, without end.
 
-        Called anew at the start of each epoch, it starts with a fresh permutation: every image is
-        used equally often on average, and the generator's state is all that a resumed run needs.
-        What an earlier call returned is not to be used from then on.
+        Called anew at the start of each epoch, it starts with a fresh permutation: the generator's
+        state is all that a resumed run needs. What an earlier call returned is not to be used then.
         """
         while True:
             yield from self
@@ -284,19 +250,10 @@ class Batches:
 def split(labels, portion, seed):
     """Split at random into two parts with the same share of every class.
 
-    Parameters
-    ----------
-    labels : int64 tensor (N,), any device
-    portion : float in [0, 1]
-        Share of the first part.
-    seed : int
-
-    Returns
-    -------
-    first, second : int64 tensors on the device of labels
-        Sorted, disjoint, together ``arange(N)``; ``first`` has ``round(portion * N)`` entries, of
-        each class ``portion`` times its images rounded down or up (up where most is missing, so
-        classes of one image are dealt out as well). The same on every device.
+    Takes int64 labels (N,); returns two index tensors on their device, sorted, disjoint, together
+    ``arange(N)``. The first has ``round(portion * N)`` entries, of each class ``portion`` times its
+    images rounded down or up (up where most is missing, so classes of one image are dealt out as
+    well). They are the same on every device.
     """
     if not 0 <= portion <= 1:
         raise ValueError(f"portion must be in [0, 1], not {portion}")
@@ -340,13 +297,13 @@ def load(dataset, root, image_size=32, device="cpu", workers=0, log=print, *, te
     log : callable
         Takes a line of text worth knowing.
     test_only : bool
-        Training images of a folder are neither read nor missed: classes are those of the test
-        images, mean and std are None.
+        Training images of a folder are neither read nor missed: train is None, classes are those
+        of the test images, mean and std are None.
 
     Returns
     -------
     train, test : Images
-        Both with classes, mean and std of the training images. train is None if `test_only`.
+        Both with classes, mean and std of the training images.
 
     Raises
     ------

@@ -1,11 +1,11 @@
-"""The same values sooner, on this device: take its calls out and only speed is lost.
+"""The same values sooner, on this device. Without its calls only speed is lost.
 
     net = fast.accelerate(Network(16, 10, 8).to(device))
 
 `operations.py`, `model.py` and `model_search.py` say what is computed; `accelerate` says how. It
-gives the layers it knows a class of the same name from here, with the parameters, buffers and
-state-dict keys they have, after it has seen that they compute the same. Cells and networks are left
-alone, and so is a layer that somebody has edited. All of it is exact, to rounding:
+gives each layer it knows a class of the same name from here, and leaves its parameters, buffers and
+state-dict keys, after it has seen that both compute the same. Cells and networks are left alone,
+and so is a layer that somebody has edited. All of it is exact, to rounding:
 
 * The weight w of an operation goes into the BatchNorm that ends it: w (γ x̂ + β) = (wγ) x̂ + wβ
   takes no pass over the tensor.
@@ -40,23 +40,11 @@ import operations
 
 
 def accelerate(net, log=print):
-    """Have a network compute the same values sooner.
+    """Have a network of `model.py` or `model_search.py` compute the same values sooner, in place.
 
-    Of each kind of layer, a copy with random parameters is compared with its
-    faster form. One that computes something else, that cannot be taken, or that has hooks is left
-    as it is, for somebody has edited it.
-
-    Parameters
-    ----------
-    net : nn.Module
-        A network of `model.py` or `model_search.py`; it is changed in place.
-    log : callable
-        Takes a line for each class of which layers are left as they are.
-
-    Returns
-    -------
-    nn.Module
-        The same network.
+    Of each kind of layer, a copy with random parameters is compared with its faster form. One that
+    computes something else, that cannot be taken, or that has hooks is left as it is, because
+    somebody has edited it, and `log` gets a line for each such class.
     """
     if all(p.is_cpu for p in net.parameters()):
         keep_memory()
@@ -79,7 +67,7 @@ def accelerate(net, log=print):
 
 
 def compile_network(net, whole, log=print, backend="inductor"):
-    """Have torch compile a network, in place: another way than `accelerate`, by --compile.
+    """Have torch compile a network in place, instead of `accelerate`: what --compile does.
 
     Where the support changes, the operations alone: one graph for each class and shape serves all
     cells, and is kept on the disk. Where it does not, the `whole` network.
@@ -88,13 +76,13 @@ def compile_network(net, whole, log=print, backend="inductor"):
         "draws the compiler's random numbers")
     torch._dynamo.config.recompile_limit = 256  # graphs of one class
     for layer in [net] if whole else net.modules():
-        if whole or type(layer) in OPERATIONS:
+        if whole or FASTER.get(type(layer)) in WEIGHTED:
             layer.compile(dynamic=False, backend=backend)
     return net
 
 
 def has_hooks(layer):
-    """Whether there is something to call that the faster form would pass by."""
+    """Whether a layer has hooks, or a forward of its own, that its faster form would skip."""
     inside = [layer] if isinstance(layer, model_search.MixedOp) else layer.modules()
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
@@ -104,7 +92,7 @@ def has_hooks(layer):
 
 
 def kind(layer):
-    """What tells layers of a class apart: their `repr`, and attributes that it may not show."""
+    """The `repr` of a layer, and attributes that it may not show."""
     hidden = [
         (name, value) for m in layer.modules() for name, value in vars(m).items()
         if not name.startswith("_") and name != "training"
@@ -160,15 +148,15 @@ def _results(layer, cls, device):
     for inputs in _inputs(layer, generator, device):
         y = layer(*inputs)
         g = torch.randn(y.shape, generator=generator).to(y)
-        trained = [t for t in _flat(inputs) if isinstance(t, torch.Tensor)]
-        trained += layer.parameters()
+        flat = [t for x in inputs for t in (x if isinstance(x, list) else [x])]
+        trained = [t for t in flat if isinstance(t, torch.Tensor)] + [*layer.parameters()]
         found += [y, *torch.autograd.grad(y, trained, g, allow_unused=True)]
         found += [t.clone() for name, t in layer.named_buffers() if "running_" in name]
     return found
 
 
 def _inputs(layer, generator, device):
-    """What to call a layer with: images of as many channels as its first layer takes."""
+    """Arguments to call a layer with: images of as many channels as its first layer takes."""
     sizes = [getattr(m, "in_channels", None) or getattr(m, "num_features", None)
              for m in layer.modules()]
     channels = next((size for size in sizes if size), 4)
@@ -185,10 +173,6 @@ def _inputs(layer, generator, device):
     return [([images(), images()],) if isinstance(layer, operations.Concat) else (images(),)]
 
 
-def _flat(inputs):
-    return [t for x in inputs for t in (x if isinstance(x, list) else [x])]
-
-
 def _is_close(a, b):
     if a is None or b is None:
         return a is b
@@ -200,9 +184,8 @@ def keep_memory():
     """Have freed memory stay with the process, and lie in huge pages, as far as Linux lets us.
 
     A step asks for the same gigabyte again and again. By default each large tensor is mapped anew
-    and zeroed in pages of 4 KiB, which the processor then looks up one by one. On an Intel Xeon, a
-    virtual machine, pages of 2 MiB take 12 % off the CPU time of a two-stage step, 10 % off that of
-    a one-stage step and 19 % off that of a retraining step.
+    and zeroed in pages of 4 KiB. On an Intel Xeon, a virtual machine, pages of 2 MiB take 12 % off
+    the CPU time of a two-stage step, 10 % off a one-stage step and 19 % off a retraining step.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):  # of glibc
@@ -249,14 +232,12 @@ class BatchNorm2d(nn.BatchNorm2d):
             # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
             scale = w * scale if self.affine else w.expand(self.num_features).contiguous()
             shift = w * shift if self.affine else None
-        if self.running_mean.is_cuda:
-            scale = constant(1, self.running_mean) if scale is None else scale
-            shift = constant(0, self.running_mean) if shift is None else shift
+        mean = self.running_mean
+        if mean.is_cuda:
+            like = self.num_features, mean.dtype, mean.device
+            scale = _constant(1, *like) if scale is None else scale
+            shift = _constant(0, *like) if shift is None else shift
         return scale, shift
-
-
-def constant(value, like):
-    return _constant(value, len(like), like.dtype, like.device)
 
 
 @functools.cache
@@ -276,7 +257,8 @@ class SepConv(operations.SepConv):
     def forward(self, x, w=None):
         _, depthwise, point, norm, _, *second = self.op
         x = separable(shared_relu(x), depthwise, point, norm)
-        return separable(relu_(x), *second, w)  # BatchNorm's backward pass needs its input alone
+        x = relu(x, torch.relu_)  # in place, for BatchNorm's backward pass needs its input alone
+        return separable(x, *second, w)
 
 
 class DilConv(operations.DilConv):
@@ -287,7 +269,7 @@ class DilConv(operations.DilConv):
 
 class FactorizedReduce(operations.FactorizedReduce):
     def forward(self, x, w=None):
-        even, odd = diagonal(shared_relu(x))
+        even, odd = _Diagonal.apply(shared_relu(x))
         halves = pointwise(even, self.conv_1.weight), pointwise(odd, self.conv_2.weight)
         return self.bn(_Concat.apply(*halves), w)
 
@@ -322,10 +304,6 @@ FASTER = {  # what is inside others first
 }
 
 
-OPERATIONS = (operations.ReLUConvBN, operations.SepConv, operations.DilConv,
-              operations.FactorizedReduce, operations.Normed)
-
-
 # ------------------------------------------------------------------------------------------------
 # ReLU
 # ------------------------------------------------------------------------------------------------
@@ -345,13 +323,8 @@ def shared_relu(x):
     return x._relu[1]
 
 
-def relu(x):
-    return _ReLU.apply(x, F.relu) if x.is_cpu else F.relu(x)
-
-
-def relu_(x):
-    """In place."""
-    return _ReLU.apply(x, torch.relu_) if x.is_cpu else torch.relu_(x)
+def relu(x, function=F.relu):
+    return _ReLU.apply(x, function) if x.is_cpu else function(x)
 
 
 class _ReLU(torch.autograd.Function):
@@ -376,18 +349,10 @@ class _ReLU(torch.autograd.Function):
 
 
 def separable(x, depthwise, pointwise, norm, w=None):
-    """norm(pointwise(depthwise(x)), w).
+    """norm(pointwise(depthwise(x)), w), x: (B, C, H, W).
 
-    Parameters
-    ----------
-    x : tensor, (B, C, H, W)
-    depthwise : nn.Conv2d
-        Of 3×3 or 5×5, groups = C, padded to leave the size as it is or, at stride 2, to halve it;
-        dilation 1 or 2; no bias.
-    pointwise : nn.Conv2d
-        Of 1×1, stride 1; no bias.
-    norm : BatchNorm2d
-    w : tensor of one number, optional
+    `depthwise` is 3×3 or 5×5, of dilation 1 or 2, padded to leave the size as it is or, at stride
+    2, to halve it; `pointwise` is 1×1, of stride 1. Neither has a bias.
     """
     if not (x.is_cpu and norm.training and torch.is_grad_enabled()) or _in_bfloat16():
         return norm(pointwise(depthwise(x)), w)
@@ -444,14 +409,7 @@ class _Separable(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------
 
 
-def pointwise(x, weight):
-    """1×1 convolution.
-
-    Parameters
-    ----------
-    x : tensor, (B, C, H, W)
-    weight : tensor, (C_out, C, 1, 1)
-    """
+def pointwise(x, weight):  # (B, C, H, W), (C_out, C, 1, 1)
     if x.is_cpu and not _in_bfloat16():
         return _Pointwise.apply(x, weight)
     return F.conv2d(x, weight)
@@ -611,13 +569,8 @@ class _Concat(torch.autograd.Function):
         return tuple(part.contiguous(memory_format=ctx.layout) for part in g.split(ctx.sizes, 1))
 
 
-def diagonal(x):
-    """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2]."""
-    return _Diagonal.apply(x)
-
-
 class _Diagonal(torch.autograd.Function):
-    """Both gradients go into one tensor."""
+    """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2], whose gradients go into one tensor."""
 
     @staticmethod
     def forward(ctx, x):

@@ -104,27 +104,23 @@ def load(spec):
     ----------
     spec : str or path
         - a published name: `ISTA_twostage`, `ISTA_onestage` or `ISTA_ImageNet`;
-        - `random:SEED` for cells drawn uniformly from the search space, `random:SEED:distinct` for
-          cells whose nodes have two different input nodes (see `draw`);
-        - the path of a `genotype.json`, or of the run folder that holds one; a file without
-          one_stage is one of two-stage search;
+        - `random:SEED`, or `random:SEED:distinct`, see `draw`;
+        - the path of a `genotype.json`, or of the run folder that holds one;
         - the printed form `Genotype(normal=[('sep_conv_3x3', 0), ...], ...)`, or a file that holds
-          it. Everything before `Genotype(` is ignored, so a line of a log or of DARTS'
-          `genotypes.py` will do.
+          it. What is before `Genotype(` is ignored, so a line of a log or of DARTS' `genotypes.py`
+          will do.
 
     Returns
     -------
     genotype : Genotype
-        Pairs as tuples, in the order of the source; concatenated nodes as a range where they are
-        contiguous.
+        Its pairs in the order of the source.
     one_stage : bool
-        Whether its network has BatchNorm after pools and skips (one-stage search).
+        Whether its network has a BatchNorm after pools and skips; False where the source has not.
 
     Raises
     ------
     ValueError
-        With one line that says what is wrong; also when it is not a genotype of `NODES` nodes over
-        `PRIMITIVES`.
+        With one line that says what is wrong.
     OSError
         When a file cannot be read.
     """
@@ -162,19 +158,9 @@ def load(spec):
 
 
 def save(path, genotype, one_stage, **about):
-    """Write a genotype as a flat JSON object.
+    """Write a genotype as a flat JSON object, in one step, so that no reader sees half of it.
 
-    Parameters
-    ----------
-    path : str or path
-        File to write; it is replaced in one step, so a reader never sees half of it.
-    genotype : Genotype
-        `genotype.normal` is written as `[[operation, node], ...]`, the concatenated nodes as lists.
-    one_stage : bool
-        Whether the network of this genotype has BatchNorm after pools and skips.
-    **about
-        Anything JSON can hold on where it came from (method, seed, data set, accuracy); kept under
-        the key `about`.
+    `about` is what JSON can hold of where it came from, kept under that key.
     """
     record = as_lists(genotype)
     text = json.dumps({**record, "one_stage": bool(one_stage), "about": about}, indent=1)
@@ -224,10 +210,7 @@ def moved(before, after):
 
 
 def has_distinct_edges(genotype):
-    """Whether the pairs of every node have different input nodes, as all DARTS cells do.
-
-    Where two pairs of a node share an edge, the node adds up two operations on the same input.
-    """
+    """Whether the pairs of every node have different input nodes, as in all DARTS cells."""
     nodes = by_node(genotype.normal) + by_node(genotype.reduce)
     return all(len({source for _, source in node}) == len(node) for node in nodes)
 
@@ -235,18 +218,7 @@ def has_distinct_edges(genotype):
 def draw(seed, distinct_edges=False):
     """Draw a genotype uniformly from the search space, with 2 pairs a node.
 
-    Parameters
-    ----------
-    seed : int
-        The same seed gives the same genotype on every machine.
-    distinct_edges : bool
-        Whether to draw among the genotypes whose nodes have two different input nodes. About 6 %
-        of all cells are such.
-
-    Returns
-    -------
-    Genotype
-        Of each node its pairs by input node, then by operation.
+    With `distinct_edges`, all nodes have two different input nodes, as in about 6 % of all cells.
     """
     rng = random.Random(seed)
     n = len(PRIMITIVES)

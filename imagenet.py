@@ -28,18 +28,12 @@ SEEDS = 2**62  # of an image's augmentation
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Images(data.Images):
-    """The files of one split.
+    """The files of one split; labels, classes, mean and std are as in `data.Images`, on the CPU.
 
-    Attributes
-    ----------
     images : array (N,) of bytes
         Paths. One array, as a list of a million strings would be copied by every worker.
-    labels, classes, mean, std
-        As in `data.Images`; labels are on the CPU.
-    image_size : int
-        Height and width of x in `batches`.
-    device : torch.device
-        Of x and y in `batches`.
+    image_size, device
+        Height and width of x in `batches`; device of x and y.
     workers : int
         Processes that read images; 0 reads in this one.
     readers : int
@@ -58,7 +52,6 @@ class Images(data.Images):
                        readers=2)
 
     def batches(self, batch_size, **options):
-        """`Batches` of these images, with its options."""
         return Batches(self, batch_size, **options)
 
 
@@ -88,9 +81,8 @@ class Batches(data.Batches):
     are no other augmentations; others are resized by their shorter side to 8/7 of the image size,
     and the centre is taken. An image that cannot be read is a UserError while iterating.
 
-    A training pass keeps its workers for the next one, for where it takes seconds to start them. So
-    it ends the pass before, if that was left early. Other passes start workers of their own and end
-    them. Two halves of a data set have half of the workers each in training.
+    A training pass keeps its workers for the next one, because it takes seconds to start them. So
+    it ends the pass before, if that was left early. Other passes start workers of their own.
     """
 
     def __init__(self, images, batch_size, *, train, **options):

@@ -55,25 +55,12 @@ DAMPING = 1e-3  # see _stationary; small next to A, whose largest entry is scale
 
 
 class Solution(NamedTuple):
-    """A code and how well it is known to solve its problem.
+    """A code and how well it is known to solve its problem."""
 
-    Attributes
-    ----------
-    z : ndarray of float64, shape (n,)
-    gap : float
-        Duality gap relative to the objective at 0: duality_gap / (1/2 ||b||^2), 0 when b = 0. It
-        bounds the relative suboptimality of z whatever the solver did.
-    n_iter : int
-        Linear solves (homotopy), gradient and support steps (ista, fista) or interior-point steps.
-    converged : bool
-        gap <= TOLERANCE; for homotopy the optimality conditions were checked as well.
-    solver : str
-    """
-
-    z: np.ndarray
-    gap: float
-    n_iter: int
-    converged: bool
+    z: np.ndarray    # float64, (n,)
+    gap: float       # duality_gap / (1/2 ||b||^2), 0 when b = 0: bounds the relative suboptimality
+    n_iter: int      # linear solves (homotopy), gradient and support steps, interior-point steps
+    converged: bool  # gap <= TOLERANCE; for homotopy the optimality conditions were checked as well
     solver: str
 
 
@@ -108,10 +95,6 @@ def objective(A, b, z, lam):
     ----------
     A, b, z : array_like, shapes (m, n), (m,), (n,)
     lam : float, >= 0
-
-    Returns
-    -------
-    float
     """
     A, b, lam, z, _ = _validate(A, b, lam, z)
     r = b - A.dot(z)
@@ -119,22 +102,12 @@ def objective(A, b, z, lam):
 
 
 def duality_gap(A, b, z, lam):
-    """Duality gap P(z) - D(theta) (absolute): an upper bound of P(z) - min P.
+    """Duality gap P(z) - D(theta) (absolute, never negative): an upper bound of P(z) - min P.
 
     The dual is to maximise D(theta) = 1/2 ||b||^2 - 1/2 ||b - theta||^2 subject to
     ||A^T theta||_inf <= lam. With r = b - A z and c = A^T r, the residual is shrunk into the
     feasible set: theta = alpha r, alpha = min(1, lam / ||c||_inf). For lam = 0 that set is the null
-    space of A^T, and theta is the projection of r onto it.
-
-    Parameters
-    ----------
-    A, b, z, lam
-        As in `objective`, with the same errors.
-
-    Returns
-    -------
-    float
-        Never negative.
+    space of A^T, and theta is the projection of r onto it. Parameters and errors as `objective`.
     """
     A, b, lam, z, _ = _validate(A, b, lam, z)
     return _gap(A, b, z, lam)

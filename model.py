@@ -23,23 +23,8 @@ class Skeleton(nn.Module):
 
     The cells at layers//3 and 2·layers//3 are reduction cells: they halve the resolution and
     double the channels. The auxiliary head looks at the output of the later one.
-
-    Parameters
-    ----------
-    C : int
-        Channels of the first cells.
-    num_classes, layers : int
-    auxiliary : bool
-        Whether there is an auxiliary head; it runs in training mode only.
-    make_cell : callable
-        make_cell(C_prev_prev, C_prev, C, reduction, reduction_prev) builds a cell.
-    imagenet : bool
-        Stem and auxiliary head for 224×224 images instead of those for 32×32.
-
-    Attributes
-    ----------
-    drop_path_prob : float
-        Probability with which an operation's output is dropped for a sample, in training mode.
+    make_cell(C_prev_prev, C_prev, C, reduction, reduction_prev) builds a cell. `drop_path_prob` is
+    the probability with which an operation's output is dropped for an image, in training mode.
     """
 
     def __init__(self, C, num_classes, layers, auxiliary, make_cell, imagenet=False):
@@ -93,17 +78,10 @@ class Skeleton(nn.Module):
         self._drop_path_prob, self._drops_paths = value, value > 0
         self.keep_prob.fill_(1 - value)
 
-    def forward(self, x, normal=(), reduce=()):
-        """Logits of a batch; `normal` and `reduce` are what the cells of a type are given besides.
+    def forward(self, x, normal=(), reduce=()):                       # (B, 3, H, W)
+        """Logits of a batch, and those of the auxiliary head, or None without it or in evaluation.
 
-        Parameters
-        ----------
-        x : tensor, float32, (B, 3, H, W)
-
-        Returns
-        -------
-        logits : tensor, (B, num_classes)
-        logits_aux : tensor of the same shape, or None without an auxiliary head or in evaluation
+        `normal` and `reduce` are what the cells of a type are given besides.
         """
         if self.imagenet:
             s0 = self.stem0(x)                                        # (B, C, H/4, W/4)
@@ -206,7 +184,7 @@ class NetworkCIFAR(Skeleton):
     C, num_classes, layers : int
         Channels of the first cells, classes, number of cells.
     auxiliary : bool
-        Whether it has an auxiliary head.
+        Whether it has an auxiliary head, which runs in training mode only.
     genotype : genotypes.Genotype
     one_stage : bool
         Whether a BatchNorm follows each pool and each skip of stride 1, as in a network that
@@ -215,9 +193,8 @@ class NetworkCIFAR(Skeleton):
     Attributes
     ----------
     drop_path_prob : float
-        See `Skeleton`.
     config : dict
-        All that `from_config` needs to build the network again.
+        What `from_config` needs to build the network again.
     """
 
     def __init__(
@@ -263,8 +240,8 @@ def load(path):
     net : NetworkCIFAR or NetworkImageNet
         On the CPU, in evaluation mode: `logits, _ = net(x)`.
     about : dict
-        What is known of it: `classes`, the name of each label; `mean` and `std`, of the channels,
-        by which training normalised images (see `data.normalize`); `image_size`; accuracies.
+        `classes`, the name of each label; `mean` and `std`, for `data.normalize`; `image_size`;
+        accuracies.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     net = from_config(state["config"])

@@ -27,34 +27,15 @@ from operations import Concat, build, drop_path, last_norm
 
 
 class Recovery(NamedTuple):
-    """What one recovery did. Lists are node by node: the normal nodes, then the reduction nodes.
+    """What one recovery did. Lists are node by node: the normal nodes, then the reduction nodes."""
 
-    Attributes
-    ----------
-    distance : list of float
-        ‖z_new − z_last‖₂ of each node, z_last being the last code that was accepted; 0 for a
-        frozen node.
-    frozen : list of bool
-        Nodes whose code is final.
-    parameters : int or None
-        Of the candidate's retraining network, where nodes may freeze or size is limited.
-    rejected : bool
-        Whether they were too many, so that the last architecture was kept.
-    not_converged : int
-        Codes for which the solver asked for did not converge, so that homotopy solved them.
-    too_sparse : list of bool
-        Nodes whose code has fewer than s nonzero entries to choose from; they do not freeze.
-    lam_max : list of float
-        ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
-    """
-
-    distance: list
-    frozen: list
-    parameters: int | None
-    rejected: bool
-    not_converged: int
-    too_sparse: list
-    lam_max: list
+    distance: list           # ‖z_new − z_last‖₂, z_last the last accepted code; 0 if frozen
+    frozen: list             # whether the code is final
+    parameters: int | None   # of the retraining network, where nodes may freeze or size is limited
+    rejected: bool           # whether they were too many, so that the last architecture stays
+    not_converged: int       # codes that homotopy solved, because the solver did not converge
+    too_sparse: list         # whether < s entries of the code are not 0; the node does not freeze
+    lam_max: list            # ‖Aᵀb‖∞, the least λ at which the code is 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,9 +64,8 @@ class SparseCode(nn.Module):
         z = argmin ½‖Az − b‖² + λ‖z‖₁
 
     (ISTA-NAS, the sparse coding problem of section 3), and S is the support of its s largest
-    entries in modulus.
-    From b = Az follows z = Aᵀb − (AᵀA − I)z; with z held constant and restricted to S, the
-    weights of the pairs that run are
+    entries in modulus. From b = Az follows z = Aᵀb − (AᵀA − I)z; with z held constant and
+    restricted to S, the weights of the pairs that run are
 
         w_S = M b − c,     M = A_Sᵀ,     c = (A_Sᵀ A_S − I) z_S,
 
@@ -93,12 +73,8 @@ class SparseCode(nn.Module):
 
     Parameters
     ----------
-    proj_dims : int
-        m, the length of b.
-    sparseness : int
-        s, the pairs kept at each node.
-    lam : float
-        λ.
+    proj_dims, sparseness, lam
+        m, the length of b; s, the pairs kept at each node; λ.
     distinct_edges : bool
         Whether the support takes at most one pair an edge: that of each edge's largest |z|, and
         of these the s largest, as DARTS derives its cells.
@@ -108,7 +84,6 @@ class SparseCode(nn.Module):
     Attributes
     ----------
     A : list of 4 tensors, float64, (m, n_j)
-        Drawn once.
     b : nn.ParameterList of 4 tensors, (m,)
         All that is trained of the architecture; initialised 1e-3·N(0, 1).
     z : list of 4 tensors, float64, (n_j,)
@@ -152,16 +127,10 @@ class SparseCode(nn.Module):
         return [getattr(self, f"z{j}") for j in range(NODES)]
 
     def solve(self, solver="homotopy"):
-        """Solve for the codes of the points b. Nothing changes: see `accept`.
+        """The new codes of the points b, the last ones, ‖Aᵀb‖∞ of each, and the solver's failures.
 
-        Returns
-        -------
-        codes, last : lists of 4 arrays, float64, (n_j,)
-            The new codes, which are the last ones where a node is frozen.
-        lam_max : list of 4 floats
-            ‖Aᵀb‖∞ of each node, the least λ at which its code is 0.
-        not_converged : int
-            The number of codes for which homotopy took the place of the solver.
+        Codes are lists of 4 arrays, float64 (n_j,), the same in both where a node is frozen. The
+        failures are the number of codes for which homotopy took the solver's place.
         """
         A, b, last = _to_host(self.A, self.b, self.z)
         codes, not_converged = [*last], 0
@@ -228,20 +197,8 @@ class SparseCode(nn.Module):
     def recover(self, solver="homotopy"):
         """Refresh z, the support, M and c from b, but for frozen nodes.
 
-        Parameters
-        ----------
-        solver : str
-            One of `ista.SOLVERS`. Where it does not converge, homotopy takes its place.
-
-        Returns
-        -------
-        not_converged : int
-            How often that was.
-
-        Raises
-        ------
-        ista.SolverUnavailable
-            If the solver needs a package or a licence that is not here.
+        `solver` is one of `ista.SOLVERS`; returns for how many codes it did not converge, so that
+        homotopy took its place. Raises ista.SolverUnavailable without its package or licence.
         """
         codes, *_, not_converged = self.solve(solver)
         self.accept(codes, self.choose_unfrozen(codes))
@@ -359,22 +316,13 @@ class Network(Skeleton):
     one_stage : bool
         Supernet of one-stage search: every operation ends in an affine BatchNorm. In all
         BatchNorms of a node's operations, γ = 1 and β = 0 are held until the node freezes.
+        ValueError if the weight of an operation cannot be absorbed into its last BatchNorm.
     auxiliary : bool
         Whether it has an auxiliary head.
     imagenet : bool
         Stem and auxiliary head for 224×224 images instead of those for 32×32.
     proj_dims, sparseness, lam, distinct_edges, dictionary
-        See `SparseCode`.
-
-    Attributes
-    ----------
-    normal_code, reduce_code : SparseCode
-    drop_path_prob : float
-
-    Raises
-    ------
-    ValueError
-        If `one_stage` and the weight of an operation cannot be absorbed into its last BatchNorm.
+        See `SparseCode`; those of the two cell types are `normal_code` and `reduce_code`.
     """
 
     def __init__(
@@ -396,20 +344,16 @@ class Network(Skeleton):
         self.register_load_state_dict_post_hook(Network._hold)
 
     def forward(self, x):
-        """Logits of a batch, and those of the auxiliary head or None; see `Skeleton.forward`."""
         return super().forward(x, *(self._given(code) for code in self.codes))
 
-    def _given(self, code):
-        """What the cells of a type are given: the support, and its weights as scalars."""
+    def _given(self, code):  # to the cells of its type: the support, and its weights as scalars
         weights = code.active_weights().to(self.classifier.weight.dtype)
         return code.support, [w.unbind() for w in weights.unbind()]
 
     def arch_parameters(self):
-        """The points b: those of the normal nodes, then those of the reduction nodes."""
         return [*self.normal_code.b, *self.reduce_code.b]
 
     def weight_parameters(self):
-        """All other parameters."""
         arch = {id(b) for b in self.arch_parameters()}
         return [p for p in self.parameters() if id(p) not in arch]
 
@@ -430,7 +374,7 @@ class Network(Skeleton):
         Parameters
         ----------
         solver : str
-            One of `ista.SOLVERS`.
+            One of `ista.SOLVERS`; ista.SolverUnavailable without its package or licence.
         freeze_tol : float, optional
             A node freezes when ‖z_new − z_last‖₂ ≤ freeze_tol.
         max_params : float, optional
@@ -443,11 +387,6 @@ class Network(Skeleton):
         Returns
         -------
         Recovery
-
-        Raises
-        ------
-        ista.SolverUnavailable
-            If the solver needs a package or a licence that is not here.
         """
         solved = [code.solve(solver) for code in self.codes]
         codes, last, lam_max, not_converged = zip(*solved, strict=True)
@@ -486,7 +425,7 @@ class Network(Skeleton):
     def freeze(self, nodes=None):
         """Make codes final: their b stops, and γ and β of their operations start to train.
 
-        `nodes`, a bool for each, normal ones first, says which; by default all.
+        `nodes`: which ones, a bool for each, normal ones first; all if it is None.
         """
         flags = iter(2 * NODES * [True] if nodes is None else nodes)
         for code in self.codes:
@@ -550,18 +489,11 @@ class Network(Skeleton):
 
     @torch.no_grad()
     def absorb(self):
-        """Fold the weight of each active operation into its last BatchNorm: γ ← wγ, β ← wβ.
+        """A new model.NetworkCIFAR or NetworkImageNet with the same outputs, from one-stage search.
 
-        Returns
-        -------
-        model.NetworkCIFAR or model.NetworkImageNet
-            A new network of the genotype with the same outputs. The supernet stays as it is.
-
-        Raises
-        ------
-        ValueError
-            For the supernet of two-stage search, whose operations have nothing to fold into, and
-            where the outputs differ.
+        The weight of each active operation is folded into its last BatchNorm: γ ← wγ, β ← wβ. The
+        supernet stays as it is. ValueError for the two-stage one, whose operations cannot take a
+        weight, and where the outputs differ.
         """
         if not self.one_stage:
             raise ValueError("only the supernet of one-stage search can be absorbed")

@@ -89,23 +89,12 @@ class Normed(nn.Sequential):
     """An operation and the BatchNorm that is appended to it."""
 
 
-def max_pool(C, stride, affine):
-    return nn.MaxPool2d(3, stride, padding=1)
-
-
-def avg_pool(C, stride, affine):
-    return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
-
-
-def skip(C, stride, affine):
-    return nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)
-
-
 # Each takes the channels, the stride and whether its BatchNorms have γ and β.
 OPS = {
-    "max_pool_3x3": max_pool,
-    "avg_pool_3x3": avg_pool,
-    "skip_connect": skip,
+    "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride, 1),
+    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, 1, count_include_pad=False),
+    "skip_connect": lambda C, stride, affine:
+        nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine),
     "sep_conv_3x3": lambda C, stride, affine: SepConv(C, 3, stride, affine),
     "sep_conv_5x5": lambda C, stride, affine: SepConv(C, 5, stride, affine),
     "dil_conv_3x3": lambda C, stride, affine: DilConv(C, 3, stride, affine),

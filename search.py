@@ -57,12 +57,9 @@ def main(args):
     generator = utils.seed_everything(args.seed, device)
     memory_format = utils.memory_format(device, args.amp, two_stage=not args.one_stage)
 
-    # In two-stage search the weights learn from one half of the images, and b from the other.
     weight_images, arch_images, measured_images = load_images(run, device)
-    options = dict(
-        generator=generator, memory_format=memory_format, rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    measured_name = "test" if args.one_stage else "valid"  # in log and metrics
+    options = dict(distributed.place(), generator=generator, memory_format=memory_format)
     training = dict(options, train=True, cutout_length=args.cutout_length if args.cutout else 0)
     batches = weight_images.batches(args.batch_size, **training)
     arch_batches = arch_images and arch_images.batches(args.batch_size, **training)
@@ -97,7 +94,7 @@ def main(args):
         checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:  # the first codes, and what runs in epoch 1
         report(run, net.recover(args.solver, share=share)._asdict(), epoch)
-    run.begin(device, columns(args))
+    run.begin(device, columns(args, measured_name))
     parallel = distributed.data_parallel(net, net.weight_parameters(), static=all(net.frozen))
 
     while phase == "searching" or trained < args.epochs:
@@ -119,7 +116,7 @@ def main(args):
                     parallel, batches, arch_batches, weight_optimizer, arch_optimizer, run, graphs,
                     steps=(epoch - 1) * len(batches),
                 )
-            row |= utils.named(utils.evaluate(net, measured_batches, args.amp), measured_name(args))
+            row |= utils.named(utils.evaluate(net, measured_batches, args.amp), measured_name)
 
             # The architecture of the next epoch; what was measured is that of this one.
             if phase == "searching":
@@ -198,9 +195,8 @@ def two_stage_epoch(
 ):
     """At each step first b, on a batch of one half of the images, then the weights, on the other.
 
-    `net` averages the gradients of its weights over the ranks, if there are several; `steps` were
-    made in earlier epochs. Returns losses and accuracies of both halves, and what the last recovery
-    among the steps did, if there was one.
+    `net` averages the gradients of its weights over the ranks; `steps` were made in earlier epochs.
+    Returns losses and accuracies of both halves, and what the last recovery among the steps did.
     """
     args, plain = run.args, distributed.unwrapped(net)
     device = next(plain.parameters()).device
@@ -241,10 +237,10 @@ def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs)
 
 
 def load_images(run, device):
-    """Images that train the weights, that train b, and that an epoch ends by measuring.
+    """Images that train the weights, images that train b, and images to measure after an epoch.
 
-    In two-stage search the last are those of b, not augmented; in one-stage search those that
-    train the weights also train b, in place of which there is None, and the test images are last.
+    In two-stage search the last are those of b, not augmented. In one-stage search all train both,
+    so the second are None, and the last are the test images.
     """
     args = run.args
     source = imagenet if args.dataset == "imagenet" else data
@@ -298,14 +294,9 @@ def optimizers(net, args):
     return weight_optimizer, arch_optimizer
 
 
-def measured_name(args):
-    """What the images that an epoch ends by measuring are called in log and metrics."""
-    return "test" if args.one_stage else "valid"
-
-
-def columns(args):
+def columns(args, name):
     """Columns of the log's table: the head of each, and its text for the row of an epoch."""
-    name, pairs = measured_name(args), 2 * genotypes.NODES * args.sparseness
+    pairs = 2 * genotypes.NODES * args.sparseness
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
         "train %": "{train_accuracy:.2f}", f"{name} loss": f"{{{name}_loss:.3f}}",
@@ -355,14 +346,11 @@ def settle(run, net, weight_optimizer):
 def report(run, row, epoch):
     """Log what a recovery calls for: solver trouble, empty codes, and how far the nodes are.
 
-    Parameters
-    ----------
-    row : dict
-        With what `model_search.Recovery` holds, if there was a recovery.
-    epoch : int
-        After which it was; 0 for the first one.
+    `row` has what `model_search.Recovery` holds, if there was a recovery, after `epoch`; 0 is for
+    the first one.
     """
-    args, nodes = run.args, node_names()
+    args = run.args
+    nodes = [f"{cell} {j}" for cell in ("normal", "reduction") for j in range(genotypes.NODES)]
     if row.get("not_converged"):
         run.warn(f"solver {args.solver} leaves a relative duality gap above {ista.TOLERANCE:g} in "
                  f"some codes ({row['not_converged']} of {len(nodes)} at first); those are "
@@ -407,18 +395,13 @@ def announce(run, before, genotype, epoch):
                      f"skips {cell}")
 
 
-def node_names():
-    """Names of the nodes in the order of a Recovery."""
-    return [f"{cell} {j}" for cell in ("normal", "reduction") for j in range(genotypes.NODES)]
-
-
 # ------------------------------------------------------------------------------------------------
 # What came out
 # ------------------------------------------------------------------------------------------------
 
 
 def save_genotype(run, net, row, anew=True):
-    """Save the current genotype, and `anew` that of the epoch."""
+    """Save the current genotype, and if `anew` also as that of the epoch."""
     args = run.args
     if anew:
         run.append("genotypes.jsonl", {"epoch": row["epoch"], **net.describe()})
@@ -431,7 +414,7 @@ def save_genotype(run, net, row, anew=True):
 
 
 def finish(run, net, images, measured_batches, row):
-    """Say what came out, and the next command; in one-stage search save the trained network."""
+    """Log what came out, and the next command; in one-stage search save the trained network."""
     args = run.args
     save_genotype(run, net, row, anew=False)  # a resumed run that had ended has only this to do
     run.draw(visualize.draw_run)
@@ -526,11 +509,10 @@ def get_args_parser():
 
 
 def recovery_interval(text):
-    """Type of --recover_every: "epoch", or a number of steps."""
     return text if text == "epoch" else flags.whole(1)(text)
 
 
-# What the other search alone reads: typed, such a flag is a mistake.
+# Flags that only one of the searches reads: typed for the other, they are a mistake.
 ONE_STAGE_ONLY = (
     "freeze_tol", "max_params", "max_search_epochs", "auxiliary", "auxiliary_weight",
     "drop_path_prob",
@@ -545,7 +527,7 @@ def check(args):
     if args.one_stage:
         search, unread = "one-stage", TWO_STAGE_ONLY
     for name in unread:
-        if name in args.typed:
+        if name in args.typed and not args.resume:  # of which kind that run is, it says itself
             raise utils.UserError(f"--{name}: {search} search does not read it; leave it out")
     if args.sparseness > args.proj_dims:
         raise utils.UserError(

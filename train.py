@@ -54,10 +54,7 @@ def main(args):
     memory_format = utils.memory_format(device, args.amp)
 
     train, test = load_images(run, device, config, source)
-    options = dict(
-        generator=generator, memory_format=memory_format, rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    options = dict(distributed.place(), generator=generator, memory_format=memory_format)
     test_batches = test.batches(utils.evaluation_batch(args, device), train=False, **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
 
@@ -146,10 +143,7 @@ def train_step(net, x, y, optimizer, args):
 
 
 def train_epoch(net, batches, optimizer, run, graphs):
-    """A step on each batch; returns loss and accuracy.
-
-    `net` averages gradients over the ranks, if there are several.
-    """
+    """A step on each batch; returns loss and accuracy. `net` averages gradients over the ranks."""
     plain = distributed.unwrapped(net)
     meter = utils.Meter(next(plain.parameters()).device)
     net.train()
@@ -212,7 +206,7 @@ def load_images(run, device, config, source):
 
 
 def use_data_of(saved, args):
-    """Unless told otherwise, the data that a network was trained on, and the recipe for them.
+    """Take the data that a network was trained on, and the recipe for them, for what is not typed.
 
     `saved` are the arguments of the run that the network is from, or none.
     """
@@ -223,24 +217,11 @@ def use_data_of(saved, args):
 
 
 def network_config(args, source):
-    """Describe the network of the arguments, or that of a file of weights.
+    """The configuration of the network that the arguments, or a file of weights, describe.
 
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Its init_channels, layers and auxiliary are set to those of the network.
-    source : dict or None
-        What `checkpoints.read_weights` found, or the checkpoint of a resumed run.
-
-    Returns
-    -------
-    dict
-        For `model.from_config`; `num_classes` is missing where the data has to tell.
-
-    Raises
-    ------
-    utils.UserError
-        If a typed flag contradicts the file.
+    `source` is what `checkpoints.read_weights` found, or the checkpoint of a resumed run. The
+    arguments get the network's init_channels, layers and auxiliary; a typed one that contradicts it
+    is a UserError. `num_classes` is missing where the data has to tell.
     """
     config = dict(source["config"]) if source else {}
     try:
@@ -280,7 +261,7 @@ def network_config(args, source):
 
 
 def read_arch(arch):
-    """`genotypes.load`, what is wrong with it as one line."""
+    """`genotypes.load`, with UserError for what is wrong."""
     try:
         return genotypes.load(arch)
     except (ValueError, OSError) as error:

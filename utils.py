@@ -42,10 +42,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a temporary binary file that takes the place of `path` once it is whole on the disk.
-
-    So at every moment there is a whole file of that name, the old one or the new one.
-    """
+    """Open a temporary binary file that takes the place of `path` once it is whole on the disk."""
     partial = f"{path}.partial"
     try:
         with writing(path):
@@ -67,18 +64,8 @@ def replacing(path):
 def choose_device(name, amp=False):
     """The torch.device of --device, made the current one; by default CUDA, else the CPU.
 
-    Of several ranks on a machine, each has a CUDA device of its own.
-
-    Parameters
-    ----------
-    name : str or None
-    amp : bool
-        Whether the device is to compute in bfloat16.
-
-    Raises
-    ------
-    UserError
-        If nothing can be trained there. Every rank of a machine with too few devices finds that.
+    Of several ranks on a machine, each has a CUDA device of its own. UserError if nothing can be
+    trained there: every rank of a machine with too few devices finds that.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,10 +106,7 @@ def choose_device(name, amp=False):
 
 
 def seed_everything(seed, device):
-    """Seed Python's, numpy's and torch's generators; return one for the order of the images.
-
-    It lives on the device, and is alike on all ranks.
-    """
+    """Seed Python, numpy and torch; return a generator for the data, equal on all ranks."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -136,10 +120,10 @@ def seed_drop_path(seed):
 
 
 def memory_format(device, amp, two_stage=False):
-    """The memory format of network and batches, by what was measured; see docs/speed.md.
+    """The faster memory format of network and batches; see docs/speed.md.
 
-    Channels-last on a CPU, in bfloat16 on CUDA, where it is what tensor cores work on, and for the
-    steps of two-stage search.
+    Channels-last on a CPU, in bfloat16 on CUDA, where tensor cores work on it, and in two-stage
+    search.
     """
     is_nchw = device.type == "cuda" and not amp and not two_stage
     return torch.contiguous_format if is_nchw else torch.channels_last
@@ -167,7 +151,7 @@ def peak_memory(device):
 
 
 def is_out_of_memory(error):
-    """Whether an error of Python or torch says that there is too little memory."""
+    """Whether an error of Python or torch means that there is too little memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -193,12 +177,10 @@ def warm_up(epoch):
 
 
 def warm_up_linear(epoch, epochs):
-    """That of the ImageNet recipe.
+    """The ImageNet recipe: 5 steps up to 1, then a line towards 0.
 
-    It rises in 5 steps to 1, falls in a line towards 0, and in the last 5 epochs, in a line of a
-    fifth of the slope, ends just above 0. A run too short for all this loses the middle first:
-    one of 6 to 10 epochs goes from the warm-up into the last line, one of at most 5 is all
-    warm-up.
+    In the last 5 epochs the line has a fifth of the slope, and ends just above 0. A run of 6 to 10
+    epochs goes from the warm-up into that last line; one of at most 5 is all warm-up.
     """
     if epoch < WARM_UP:
         return warm_up(epoch)
@@ -327,17 +309,10 @@ class Graphs:
 
     is step(net, x, y, optimizer, args). Where graphs are enabled, its first call runs as it is, its
     second one is recorded, and later ones replay that record, with their tensors as inputs. It is
-    recorded anew when `constants()` or a number in an optimizer's groups has changed. Other numbers
-    that Python computes inside a step are constants of the graph. A step that cannot be recorded,
-    because it asks the device for a value, runs as it is.
-
-    Parameters
-    ----------
-    enabled : bool
-    constants : callable
-        Returns what decides which kernels a step runs: a support, say.
-    warn : callable
-        Takes a line.
+    recorded anew when a number in an optimizer's groups has changed, or `constants()`: what decides
+    which kernels run, a support say. Other numbers that Python computes inside a step are constants
+    of the graph. A step that cannot be recorded, because it asks the device for a value, runs as it
+    is, with a warning.
     """
 
     def __init__(self, enabled, constants, warn):

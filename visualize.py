@@ -179,7 +179,8 @@ def progress(run):
 
 def groups(runs):
     """Lists of the runs that differ only by seed or machine, and have come equally far."""
-    free = {"seed", "save", "data", "device", "workers", "report_freq", "cuda_graphs", "arch"}
+    free = {"seed", "save", "data", "device", "workers", "report_freq", "cuda_graphs",
+            "compile", "arch"}
     found = defaultdict(list)
     for run in runs:
         setting = {key: value for key, value in run.config.items() if key not in free}
@@ -609,8 +610,8 @@ def draw_run(run_dir, output=None, name=None, stacked=False):
     """Draw the pictures of a run, also of one that is not over; return their paths.
 
     These are cells (where the genotype is known), search (of a search) and curves. `output` is
-    their folder, by default that of the run, or the path of a single one: its name ends in that of
-    the picture and .png, .svg or .pdf, as in figure-1-curves.pdf.
+    their folder, or the path of a single one, whose name ends in that of the picture and .png, .svg
+    or .pdf, as in figure-1-curves.pdf.
     """
     run, drawn = read_run(os.fspath(run_dir), name), {}
     if run.genotype:

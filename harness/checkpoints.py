@@ -1,7 +1,7 @@
 """Files of torch.save: checkpoints of runs, and network weights of all origins.
 
 They are written whole or not at all, and no code in them is run. Nothing says what may be in them:
-a checkpoint is made of what the script gave, and tensors must fit, by torch's own strict loading.
+a checkpoint holds what the script gave, and tensors must fit, by torch's own strict loading.
 """
 
 import contextlib
@@ -23,13 +23,7 @@ from utils import UserError, replacing
 def save(path, state, keep_last=False):
     """Write a file such that a whole one exists at every moment; UserError where it cannot be.
 
-    Parameters
-    ----------
-    path : str
-    state : dict
-        Of tensors, numbers, strings, lists and dicts.
-    keep_last : bool
-        Whether the file that was there stays, as `previous(path)`.
+    With `keep_last`, the file that was there stays, as `previous(path)`.
     """
     buffer = io.BytesIO()  # torch.save's own writer does not tell a full disk from a bug
     torch.save(state, buffer)
@@ -119,9 +113,9 @@ def random_state(generator):
 def set_random_state(states, generator, seed, epoch, log):
     """Put all random generators back into the states of `random_state`.
 
-    A generator of one kind of device cannot take the state of one of another kind: there torch's
-    generators are seeded from the run's seed and the epochs done. Ranks that were not there then
-    keep their own generators, but for that of the data, which is common to all.
+    A generator on CUDA cannot take the state of one on the CPU, nor the reverse: then torch's are
+    seeded from the run's seed and the epochs done. Ranks that the saved run did not have keep their
+    own generators, but for that of the data, which is common to all.
     """
     rank, on_cuda = distributed.rank(), generator.device.type == "cuda"
     state = states[rank] if rank < len(states) else None
@@ -152,17 +146,9 @@ def set_random_state(states, generator, seed, epoch, log):
 def read_weights(path):
     """Read network weights from a network.pt, a checkpoint.pt or a plain state dict.
 
-    Returns
-    -------
-    dict
-        `weights`: the state dict; `config`: what `model.from_config` needs, without genotype where
-        the file does not know it; `args`: arguments of the run, or none; `about`: what is known of
-        the data, or nothing.
-
-    Raises
-    ------
-    UserError
-        If the file is damaged or holds something else.
+    Returns a dict: `weights`, the state dict; `config`, for `model.from_config`, without the
+    genotype where the file does not name it; `args` of the run and `about` the data, or nothing.
+    UserError if the file is damaged or holds something else.
     """
     state = load(path)
     if isinstance(state, dict) and state.get("kind") == "search":

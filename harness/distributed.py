@@ -25,6 +25,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def place():
+    """This rank among all, as `data.Batches` takes it."""
+    return dict(rank=rank(), world_size=world_size())
+
+
 def launcher():
     """What the command line of a script begins with, to run it as this one is run."""
     if world_size() == 1:
@@ -96,21 +101,10 @@ def from_rank_zero(value):
 def data_parallel(net, parameters, static=False):
     """The network, to be called such that backward passes average gradients over the ranks.
 
-    A supernet runs other operations after each recovery, so DistributedDataParallel looks anew in
-    every pass for the parameters that it reaches, unless the network is `static`.
-
-    Parameters
-    ----------
-    net : nn.Module
-    parameters : list of nn.Parameter
-        Those to average; they may train or not from one pass to the next.
-    static : bool
-        Whether every pass reaches the same ones.
-
-    Returns
-    -------
-    nn.Module
-        The network itself where there is a single rank.
+    Averaged are those of the `parameters`, which may train or not from one pass to the next. A
+    supernet runs other operations after each recovery, so DistributedDataParallel looks anew in
+    every pass for the parameters that it reaches, unless the network is `static`. With a single
+    rank it is the network itself.
     """
     if world_size() == 1:
         return net
@@ -132,7 +126,6 @@ def data_parallel(net, parameters, static=False):
 
 
 def unwrapped(net):
-    """The network itself; see `data_parallel`."""
     return net.module if isinstance(net, DistributedDataParallel) else net
 
 

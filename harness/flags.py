@@ -15,13 +15,8 @@ from utils import UserError
 class Parser(argparse.ArgumentParser):
     """A parser that answers an error with one line, and knows which flags were typed.
 
-    Parameters
-    ----------
-    prog, description : str
-    published : callable, optional
-        Takes the typed flags, a dict; returns the defaults of the setting that they ask for.
-    check : callable, optional
-        Takes all flags; raises UserError where they cannot be right.
+    `published` takes the typed flags, a dict, and returns the defaults of the setting that they ask
+    for; `check` takes all flags, and raises UserError where they cannot be right.
     """
 
     def __init__(self, prog, description, published=None, check=None):
@@ -34,8 +29,7 @@ class Parser(argparse.ArgumentParser):
             ),
         )
 
-    def switch(self, group, name, help, default=None):
-        """Add the pair --name / --no-name to a group."""
+    def switch(self, group, name, help, default=None):  # the pair --name / --no-name
         group.add_argument(
             f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help
         )
@@ -90,10 +84,9 @@ def shown(value):
 
 
 def fail(prog, message):
-    """Say in one line on standard error what is wrong, and exit with status 2.
+    """Print what is wrong on standard error, in one line, and exit with status 2.
 
-    Of the ranks that torchrun has started on a machine, which all find the same wrong, the first
-    one says it.
+    The ranks of a machine all find the same: the first one prints it.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -116,18 +109,16 @@ def whole(low, high=2**31 - 1):
     return parse
 
 
-def real(low, high=float("inf"), *, open_low=False, open_high=True):
-    """Type of a flag that takes a number in an interval, by default [low, high)."""
+def real(low, high=float("inf"), *, open_low=False):
+    """Type of a flag that takes a number in [low, high), or with `open_low` in (low, high)."""
 
     def parse(text):
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        inside = low < value if open_low else low <= value
-        inside = inside and (value < high if open_high else value <= high)
-        if not inside:
-            interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        if not (low < value < high or value == low and not open_low):
+            interval = f"{'(' if open_low else '['}{low}, {high})"
             raise argparse.ArgumentTypeError(f"give a number in {interval}, not {text!r}")
         return value
 
@@ -147,10 +138,7 @@ def name(text):
 
 
 def add_shared(parser, datasets):
-    """Add the flags that mean the same in both scripts, in groups.
-
-    Those without a default here take it from the published setting that the script runs.
-    """
+    """Flags of both scripts; those without a default take it from the published setting."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", type=name, default="data", metavar="DIR", help="folder of the data set")
@@ -301,10 +289,7 @@ def check_file(flag, path):
 
 
 def fit_to_data(args, images, published, world_size, log):
-    """Make an untyped --batch_size fit the images, and say what does not go with the data.
-
-    `images` is how many there are to train on, `published` the published setting.
-    """
+    """Make an untyped --batch_size fit so many images, and log what the data change."""
     if "batch_size" not in args.typed:  # the published one is that of all ranks together
         args.batch_size = max(args.batch_size // world_size, 1)
         share = images // world_size
@@ -330,6 +315,6 @@ def data_flags(args):
 
 
 def cutout_flag(args):
-    """What train.py has to be told for images too small for the published cutout."""
+    """The flag that train.py needs for images too small for the published cutout."""
     small = args.dataset != "imagenet" and args.image_size < 32
     return f" --cutout_length {args.image_size // 2}" if small else ""

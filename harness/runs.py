@@ -42,6 +42,10 @@ except ImportError:  # there is none on Windows
 
 SOURCES = Path(__file__).resolve().parent.parent
 
+# What may be given anew at a resumption.
+FREE = {"resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs", "compile"}
+
+
 # ------------------------------------------------------------------------------------------------
 # How a script ends
 # ------------------------------------------------------------------------------------------------
@@ -106,11 +110,6 @@ def command(prog):
 # Runs
 # ------------------------------------------------------------------------------------------------
 
-# What may be given anew at a resumption.
-FREE = {
-    "resume", "evaluate", "device", "workers", "report_freq", "data", "cuda_graphs", "compile",
-}
-
 
 class Run:
     """A run and its folder, which is made, or gone on with, by `begin`.
@@ -118,25 +117,12 @@ class Run:
     Until then nothing is written, so that a run which cannot start leaves nothing behind. Of
     several ranks, rank 0 writes; all may call the methods.
 
-    Parameters
-    ----------
-    kind : {"search", "train"}
-    args : argparse.Namespace
-        The flags; `resume` names an old run.
-
-    Attributes
-    ----------
     args : argparse.Namespace
         Of a resumed run its own, but for what was typed anew (`FREE`, and more --epochs).
     checkpoint : dict or None
         The last one of a resumed run.
     path : str or None
         The folder, once begun.
-
-    Raises
-    ------
-    UserError
-        If the run to resume is of another kind, or a typed flag contradicts it.
     """
 
     latest = None
@@ -171,12 +157,7 @@ class Run:
     def begin(self, device, columns):
         """Make the folder, or cut an old one back to its checkpoint; print the table's head.
 
-        Parameters
-        ----------
-        device : torch.device
-            Where it computes.
-        columns : dict of str
-            Head of each column, and a format string of its text, for the row of an epoch.
+        `columns`: the head of each, and a format string of its text, for the row of an epoch.
         """
         path = self.args.save if self.checkpoint else None
         if distributed.rank() == 0:
@@ -286,7 +267,7 @@ class Run:
         return os.path.join(self.path, name)
 
     # --------------------------------------------------------------------------------------------
-    # What is said
+    # Log
     # --------------------------------------------------------------------------------------------
 
     @rank_zero_only
@@ -314,53 +295,38 @@ class Run:
             file.write(f"{text}\n")
 
     def warn(self, text, kind=None):
-        """Log a warning; of a kind only the first one."""
+        """Log a warning; of warnings of one `kind`, only the first."""
         if kind is None or kind not in self.warned:
             self.warned.add(kind)
             self.log(f"warning: {text}")
 
     @rank_zero_only
     def say(self):
-        """Print what was logged, where no run begins."""
+        """Print what was logged, in a script that begins no run."""
         print("\n".join(self.kept), flush=True)
 
     def how_to_resume(self):
-        """What can be done with a run that ended early."""
+        """What the user can do with a run that ended early."""
         if not os.path.exists(self.file("checkpoint.pt")):
             return "no epoch was finished, so there is no checkpoint yet"
         script, path = os.path.basename(sys.argv[0]), shlex.quote(self.path)
-        launcher = distributed.launcher()
-        return f"go on from the last checkpoint with: {launcher} {script} --resume {path}"
+        return ("go on from the last checkpoint with: "
+                f"{distributed.launcher()} {script} --resume {path}")
 
     # --------------------------------------------------------------------------------------------
     # An epoch
     # --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def epoch(self, epoch, name, batches, epochs_left, **row):
+    def epoch(self, epoch, name, batches, left, **row):
         """Time an epoch, show its progress, and put its numbers in log, metrics and TensorBoard.
 
-        Parameters
-        ----------
-        epoch : int
-            From 1.
-        name : str
-            As the log calls it: "3/50".
-        batches : data.Batches
-            What the steps go through.
-        epochs_left : (int, bool)
-            Of the run, after this one; and whether there may be more.
-        **row
-            What is known before.
-
-        Yields
-        ------
-        dict
-            The row of the epoch, to be filled, with numbers, arrays and dicts of any library. When
-            the block ends they are made `plain`; checkpoints and files get that.
+        `name` is what the log calls it, "3/50" say; `left` are the epochs of the run after it, and
+        whether there may be more. Yields the row of the epoch, a dict to be filled, with numbers,
+        arrays and dicts of any library. When the block ends they are made `plain`, for the files.
         """
         began = time.monotonic()
-        epochs_left, is_least = epochs_left
+        epochs_left, is_least = left
         images = distributed.world_size() * batches.batch_size
         self.progress = Progress(f"epoch {name}", len(batches), images, self.args.report_freq,
                                  epochs_left, self.log)
@@ -374,7 +340,7 @@ class Run:
                 f"{rates} or --grad_clip in a new run; {self.how_to_resume()}"
             ) from None
         finally:
-            self.progress.close()
+            self.progress.bar.close()
         seconds = time.monotonic() - began
         row.update(plain(row), seconds=seconds, peak_memory_gib=peak_memory(self.device))
         left = ">" * is_least + duration(seconds * epochs_left)
@@ -394,7 +360,7 @@ class Run:
     def _show(self, row):
         if "tensorboard" in self.warned:
             return
-        with self._writing_events():
+        try:
             if self.board is None:
                 # Events of a run that was stopped, from this epoch on, are not shown.
                 self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
@@ -403,13 +369,7 @@ class Run:
                     if isinstance(number, int | float):
                         self.board.add_scalar(f"{key}/{name}".rstrip("/"), number, row["epoch"])
             self.board.flush()
-
-    @contextlib.contextmanager
-    def _writing_events(self):
-        """Warn where events of TensorBoard cannot be written: a run can do without."""
-        try:
-            yield
-        except OSError as error:
+        except OSError as error:  # a run can do without
             self.board = None
             self.warn(f"{self.file('tensorboard')} could not be written, so there are no more "
                       f"events: {error.strerror or error}", "tensorboard")
@@ -418,19 +378,18 @@ class Run:
     def show_figure(self, name, draw, epoch):
         """Put a matplotlib figure, made by a callable, into the TensorBoard events."""
         if self.board is not None:
-            with self._writing_events(), self._drawing(name):
+            with self._drawing(name):
                 self.board.add_figure(name, draw(), epoch)
 
     # --------------------------------------------------------------------------------------------
-    # What is saved
+    # Files
     # --------------------------------------------------------------------------------------------
 
     @rank_zero_only
     def save_checkpoint(self, **state):
-        """Write checkpoint.pt such that a whole one exists at every moment.
+        """Write checkpoint.pt such that a whole one exists at every moment; keep the one before.
 
-        The one that was there stays as checkpoint-previous.pt. `state` is made of tensors,
-        numbers, strings, lists and dicts.
+        `state` is made of tensors, numbers, strings, lists and dicts.
         """
         about = dict(kind=self.kind, args=saved(self.args), primitives=genotypes.PRIMITIVES,
                      data=self.data)
@@ -438,10 +397,7 @@ class Run:
 
     @rank_zero_only
     def save_network(self, name, net, **about):
-        """Write a network of model.py such that `model.load` needs nothing else.
-
-        `about` is what is known of it, and of the data (see `describe`): plain values.
-        """
+        """Write a network of model.py, and what is known of it, such that `model.load` reads it."""
         state = dict(config=net.config, weights=net.state_dict(), args=saved(self.args),
                      about=about)
         checkpoints.save(self.file(name), state)
@@ -475,14 +431,14 @@ class Run:
 
     @rank_zero_only
     def draw(self, draw_run):
-        """Have the pictures of the run drawn by a callable that takes its folder; name them."""
+        """Draw the pictures of the run by a callable that takes its folder; log their names."""
         with self._drawing("pictures"):
             names = [os.path.basename(path) for path in draw_run(self.path)]
             self.log(f"pictures in {self.path}: {', '.join(names)}")
 
     @contextlib.contextmanager
     def _drawing(self, what):
-        """Answer whatever keeps a picture from being drawn with a line: a run can do without."""
+        """Warn of whatever keeps a picture from being drawn: a run can do without."""
         try:
             yield
         except Exception as error:
@@ -526,7 +482,7 @@ def table_row(texts, columns):
 
 
 def duration(seconds):
-    """Seconds as a person would say them: 42 s, 3 min 05 s, 2 h 07 min."""
+    """Seconds as text: 42 s, 3 min 05 s, 2 h 07 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -566,6 +522,3 @@ class Progress:
             self.bar.set_postfix_str(report)
             if self.bar.disable:
                 self.log(f"    step {self.steps}/{self.total}: {report}")
-
-    def close(self):
-        self.bar.close()
