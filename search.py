@@ -420,8 +420,8 @@ def finish(run, net, images, measured_batches, row):
     run.draw(visualize.draw_run)
     run.log(f"the search is done: genotype = {net.genotype()}", whole=True)
     if not args.one_stage:
-        run.log("to train it from scratch (36 channels, 20 cells, 600 epochs; for less add "
-                "--init_channels, --layers, --epochs):")
+        run.log("to train it from scratch at the published size (for less add --init_channels, "
+                "--layers, --epochs):")
         arch = shlex.quote(run.file("genotype.json"))
         run.log(f"    python train.py --arch {arch}{flags.data_flags(args)}"
                 f"{flags.cutout_flag(args)}", whole=True)

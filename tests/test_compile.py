@@ -58,6 +58,7 @@ def take_steps(args, net, sizes):
     return loss
 
 
+@pytest.mark.cuda  # where it is worth its time
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_the_plain_network(kind, compiler):
     args, plain = prepare(kind)
@@ -81,6 +82,7 @@ def test_a_rising_drop_path_is_compiled_twice(compiler):
     assert compiler.frame_count == 2
 
 
+@pytest.mark.cuda
 def test_one_graph_of_a_kind_serves_all_cells(compiler):
     """Where the support changes, the operations alone are compiled."""
     nets, counts = [Network(2, 10, layers) for layers in (6, 9)], []

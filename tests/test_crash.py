@@ -130,6 +130,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
     path, _ = whole("two-stage")

@@ -243,6 +243,7 @@ def test_candidates_that_are_too_large_are_rejected(tmp_path):
     assert found[0]["normal"] == found[-1]["normal"]
 
 
+@pytest.mark.crash  # it takes long
 def test_a_one_stage_search_freezes_all_nodes_by_itself_and_learns(tmp_path):
     flags = [*TINY, "--init_channels", 6, "--batch_size", 32, "--arch_learning_rate", 0.02,
              "--learning_rate", 0.05, "--freeze_tol", 0.1, "--no-cutout", "--drop_path_prob", 0,
