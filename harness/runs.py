@@ -150,8 +150,9 @@ class Run:
         # All ranks together go on with the batches they had.
         together = saved["batch_size"] * len(checkpoint["random"])
         saved["batch_size"] = max(together // distributed.world_size(), 1)
-        saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume,
-                     cuda_graphs=typed.cuda_graphs)
+        if "cuda_graphs" not in typed.typed and saved["cuda_graphs"]:
+            saved["cuda_graphs"] = None  # the run may go on on another device
+        saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
         self.checkpoint, self.args = checkpoint, type(typed)(**saved)
 
     def begin(self, device, columns):
