@@ -300,7 +300,7 @@ def columns(args, name):
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
         "train %": "{train_accuracy:.2f}", f"{name} loss": f"{{{name}_loss:.3f}}",
-        f"{name} %": f"{{{name}_accuracy:.2f}}", "changed": f"{{changed}} of {pairs}",
+        f"{name} %": f"{{{name}_accuracy:.2f}}", "changed": f"{{changed}}/{pairs}",
     }
 
 

@@ -473,7 +473,7 @@ def cell(text, row):
         return "–"
 
 
-WIDTHS = {"epoch": 9, "time": 10, "left": 11}  # what stands below is wider than the head
+WIDTHS = {"epoch": 9, "GiB": 5, "time": 10, "left": 11}  # what stands below is wider than the head
 
 
 def table_row(texts, columns):
