@@ -23,11 +23,10 @@ from matplotlib.text import Text
 import genotypes
 import visualize
 from model_search import SparseCode
+from tools import method_figure
 from utils import UserError
 
 ROOT = FilePath(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tools"))
-import method_figure  # noqa: E402
 
 
 def random_genotype(seed, each=2):
