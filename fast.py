@@ -228,16 +228,33 @@ class BatchNorm2d(nn.BatchNorm2d):
     def scale_and_shift(self, w):
         """wγ and wβ; None stands for ones and zeros, but on CUDA."""
         scale, shift = self.weight, self.bias
-        if w is not None:
+        if w is not None and self.affine:
+            scale, shift = _Weighted.apply(w, scale, shift)
+        elif w is not None:
             # The CPU kernel reads γ as if it were contiguous, whatever its strides say.
-            scale = w * scale if self.affine else w.expand(self.num_features).contiguous()
-            shift = w * shift if self.affine else None
+            scale = w.expand(self.num_features).contiguous()
         mean = self.running_mean
         if mean.is_cuda:
             like = self.num_features, mean.dtype, mean.device
             scale = _constant(1, *like) if scale is None else scale
             shift = _constant(0, *like) if shift is None else shift
         return scale, shift
+
+
+class _Weighted(torch.autograd.Function):
+    """wγ and wβ, in half the launches of two products."""
+
+    @staticmethod
+    def forward(ctx, w, *affine):
+        ctx.save_for_backward(w, *affine)
+        return tuple(torch._foreach_mul(affine, w))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        w, *affine = ctx.saved_tensors
+        of_affine = torch._foreach_mul(grads, w) if any(ctx.needs_input_grad[1:]) else (None, None)
+        return torch.cat(torch._foreach_mul(grads, affine)).sum(), *of_affine
 
 
 @functools.cache

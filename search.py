@@ -283,9 +283,8 @@ def supernet(args, num_classes):
 
 def optimizers(net, args):
     """SGD on the weights, and Adam on the points b."""
-    weight_optimizer = torch.optim.SGD(
-        net.weight_parameters(), args.learning_rate, args.momentum,
-        weight_decay=args.weight_decay, foreach=True,
+    weight_optimizer = utils.SGD(
+        net.weight_parameters(), args.learning_rate, args.momentum, args.weight_decay
     )
     arch_optimizer = torch.optim.Adam(
         net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),

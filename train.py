@@ -79,9 +79,8 @@ def main(args):
 
     cutout_length = args.cutout_length if args.cutout else 0
     batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
-    optimizer = torch.optim.SGD(
-        net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
-        foreach=True,
+    optimizer = utils.SGD(
+        net.parameters(), args.learning_rate, args.momentum, args.weight_decay
     )
     graphs = utils.Graphs(
         utils.use_graphs(args.cuda_graphs, device), lambda: net.drop_path_prob > 0, run.warn

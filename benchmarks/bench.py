@@ -94,12 +94,12 @@ ON_CUDA = (
 # ------------------------------------------------------------------------------------------------
 
 
-def one_by_one(optimizers):
-    """Have optimizers take their parameters one at a time, as they do by default on a CPU."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.update(foreach=False, fused=False)
-    return optimizers
+def one_by_one(sgd, *adam):
+    """Optimizers as these that take a parameter at a time, as torch does by default on a CPU."""
+    for optimizer in adam:
+        optimizer.param_groups[0].update(fused=False, foreach=False)
+    (group,) = sgd.param_groups
+    return [torch.optim.SGD(**group, foreach=False), *adam]
 
 
 def plain_step(net, optimizers, args, batch, arch_batch=None):
@@ -146,9 +146,8 @@ def build(kind, form, device, more=(), layout=None, network=Network):
     shape = args.init_channels, 10, args.layers
     if kind == "retraining":
         net = NetworkCIFAR(*shape, args.auxiliary, genotypes.ISTA_twostage)
-        optimizers = [torch.optim.SGD(
-            net.to(device).parameters(), args.learning_rate, args.momentum,
-            weight_decay=args.weight_decay, foreach=True,
+        optimizers = [utils.SGD(
+            net.to(device).parameters(), args.learning_rate, args.momentum, args.weight_decay
         )]
     else:
         net = network(*shape, one_stage=args.one_stage, auxiliary=args.auxiliary)
@@ -164,7 +163,7 @@ def build(kind, form, device, more=(), layout=None, network=Network):
 
     first, second = random_batch(), random_batch()
     if form.is_plain:
-        one_by_one(optimizers)
+        optimizers = one_by_one(*optimizers)
     elif form.compiled:
         fast.compile_network(net, whole=kind == "retraining", log=lambda text: None)
     else:

@@ -68,7 +68,7 @@ def build(kind, seed, device, *, double=False, layout=torch.contiguous_format, p
     net = net.to(device, torch.float64 if double else torch.float32, memory_format=layout).train()
     net.drop_path_prob = drop_path_prob
     if kind == "retraining":
-        optimizers = [torch.optim.SGD(net.parameters(), rate, args.momentum)]
+        optimizers = [utils.SGD(net.parameters(), rate, args.momentum, weight_decay=0)]
     else:
         optimizers = search.optimizers(net, args)
     if not plain:

@@ -197,8 +197,8 @@ def main(args):
 
     net = Network(args.init_channels, len(images.classes), args.layers, args.partial)
     net = fast.accelerate(net.to(device, memory_format=layout))
-    optimizer = torch.optim.SGD(
-        net.weight_parameters(), args.learning_rate, momentum=0.9, weight_decay=3e-4, foreach=True)
+    optimizer = utils.SGD(
+        net.weight_parameters(), args.learning_rate, momentum=0.9, weight_decay=3e-4)
     arch_optimizer = torch.optim.Adam(
         net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
         weight_decay=1e-3, fused=True)
@@ -206,8 +206,8 @@ def main(args):
     if checkpoint:
         rows, history = checkpoint["rows"], checkpoint["history"]
         net.load_state_dict(checkpoint["net"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        arch_optimizer.load_state_dict(checkpoint["arch_optimizer"])
+        checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
+        checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
         generator.set_state(checkpoint["generator"])
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -215,7 +215,7 @@ def main(args):
         low = 0.001 / args.learning_rate
         utils.set_learning_rate(optimizer, utils.cosine(epoch - 1, args.epochs, low))
         row = dict(
-            epoch=epoch, learning_rate=optimizer.param_groups[0]["lr"],
+            epoch=epoch, learning_rate=float(optimizer.param_groups[0]["lr"]),
             **train(net, batches, arch_batches, optimizer, arch_optimizer, epoch > args.warm_up),
             **utils.named(utils.evaluate(net, held_out), "valid"),
             seconds=time.monotonic() - began, peak_memory_gib=utils.peak_memory(device),

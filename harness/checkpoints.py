@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import genotypes
+import utils
 from harness import distributed
 from utils import UserError, replacing
 
@@ -91,7 +92,10 @@ def load_optimizer(optimizer, state):
         {**saved, **{key: own[key] for key in HERE if key in own}}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
+    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = utils.set_number(rate, group["lr"])
 
 
 def random_state(generator):

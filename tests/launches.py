@@ -56,9 +56,8 @@ def take_epoch(args, net, batches):
     progress = SimpleNamespace(step=lambda meter: None)
     run, graphs = SimpleNamespace(args=args, progress=progress), utils.Graphs(False, None, None)
     if isinstance(net, model.NetworkCIFAR):
-        optimizer = torch.optim.SGD(
-            net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
-            foreach=True,
+        optimizer = utils.SGD(
+            net.parameters(), args.learning_rate, args.momentum, args.weight_decay
         )
         return train.train_epoch(net, batches, optimizer, run, graphs)
     optimizers = search.optimizers(net, args)

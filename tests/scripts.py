@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -29,6 +31,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"search.py": "search", "train.py": "train", "tools/export.py": "tools.export"}
 CUDA_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = {**CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
+
+# A command that runs commands on a GPU that is not there.
+COMMAND = os.environ.get("NULLGPU", ROOT.parent / "shared/nullgpu/nullgpu")
+NULLGPU = os.path.abspath(shutil.which(COMMAND) or COMMAND)
+
+
+def null_gpu(*options):
+    """A command that runs commands on a null GPU, with values."""
+    return NULLGPU, "--values", *options, "--"
+
+
+GPU = null_gpu()
+needs_null_gpu = pytest.mark.skipif(
+    not shutil.which(NULLGPU), reason=f"there is no null GPU at {NULLGPU}")
 
 # Runs in this process are to equal those in others to the bit.
 os.environ.update(ENVIRONMENT)

@@ -16,7 +16,18 @@ import onnxruntime
 import pytest
 import scripts
 import torch
-from scripts import ONE_STAGE, ROOT, TRAIN, TWO_STAGE, Process, assert_same_run, rows, saved
+from scripts import (
+    GPU,
+    ONE_STAGE,
+    ROOT,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same_run,
+    needs_null_gpu,
+    rows,
+    saved,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -218,11 +229,10 @@ def edited(folder, *patches):
     return sources
 
 
-def finish(script, *flags, cwd, status=0, pictures=False):
+def finish(script, *flags, cwd, status=0, **options):
     """Run a script to its end; what it has written is in `stdout` and `stderr`."""
     plain = cwd / "plain.py"
-    process = Process(script, *flags, cwd=cwd, meddle=plain if plain.exists() else None,
-                      pictures=pictures)
+    process = Process(script, *flags, cwd=cwd, meddle=plain if plain.exists() else None, **options)
     assert process.wait() == status, process.stdout + process.stderr
     return process
 
@@ -266,9 +276,8 @@ def optimizer_of_search(name):
 
     return Edit(f"""
 @@ search.py
--    weight_optimizer = torch.optim.SGD(
--        net.weight_parameters(), args.learning_rate, args.momentum,
--        weight_decay=args.weight_decay, foreach=True,
+-    weight_optimizer = utils.SGD(
+-        net.weight_parameters(), args.learning_rate, args.momentum, args.weight_decay
 -    )
 +    weight_optimizer = torch.optim.{name}(net.weight_parameters(), 0.002)
 """, effect)
@@ -282,9 +291,8 @@ def optimizer_of_training(name):
 
     return Edit(f"""
 @@ train.py
--    optimizer = torch.optim.SGD(
--        net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
--        foreach=True,
+-    optimizer = utils.SGD(
+-        net.parameters(), args.learning_rate, args.momentum, args.weight_decay
 -    )
 +    optimizer = torch.optim.{name}([
 +        dict(params=[p for p in net.parameters() if p.ndim > 1]),
@@ -443,6 +451,50 @@ def test_an_augmentation_that_imagenet_lacks_is_refused_by_name(tmp_path):
     refused = finish(*command, "--erase", 0.5, cwd=tmp_path, status=2)
     assert "imagenet is augmented without erase: leave it out" in refused.stderr
     finish(*command, "--erase", 0, cwd=tmp_path)
+
+
+LAST_STEP = """
+@@ train.py
+         loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
++        {}
+"""
+LAST_LOSS = """
+@@ utils.py
+     if logits_aux is None:
+-        return loss, loss
++        return loss, {}
+"""
+
+
+@pytest.mark.parametrize("patch, records, same", [
+    pytest.param(LAST_STEP.format('optimizer.param_groups[0]["lr"] *= 0.9'), 1, True, id="rate"),
+    pytest.param("""
+@@ train.py
+         epoch += 1
++        optimizer.param_groups[0]["momentum"] = 0.4 * epoch
+""", 2, True, id="number in a group"),
+    pytest.param(LAST_LOSS.format("loss * random.random()"), 1, False, id="constant"),
+    pytest.param(LAST_LOSS.format("loss * (loss.item() < 100)"), 1, True, id="asks the device"),
+])
+@pytest.mark.cuda
+@needs_null_gpu
+def test_graphs_of_edited_steps(patch, records, same, tmp_path):
+    """What is recorded how often, and whether that is what runs without graphs."""
+    sources = edited(tmp_path, patch, """
+@@ utils.py
+     def make(self, step, args, pool):
++        print("recording")
+""")
+    flags = [*TRAIN[1:], "--no-auxiliary", "--batch_size", 160, "--epochs", 2,
+             "--drop_path_prob", 0]
+    for name, more in ("eager", ["--no-cuda_graphs"]), ("graphs", []):
+        done = finish(sources / "train.py", *flags, *more, "--save", name, cwd=tmp_path,
+                      launcher=GPU)
+    assert done.stdout.count("recording") == records
+    assert ("train_step cannot be recorded as a CUDA graph" in " ".join(done.stdout.split())) == (
+        ".item()" in patch)
+    eager, graphs = (rows(tmp_path / name / "metrics.jsonl") for name in ("eager", "graphs"))
+    assert (eager == graphs) == same
 
 
 # ------------------------------------------------------------------------------------------------

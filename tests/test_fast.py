@@ -454,7 +454,7 @@ def test_steps(kind):
     run = SimpleNamespace(args=SETTINGS, progress=progress)
     graphs = utils.Graphs(False, None, None)
     if kind == "retraining":
-        optimizer = torch.optim.SGD(ours.parameters(), 0.1, 0.9, weight_decay=3e-4, foreach=True)
+        optimizer = utils.SGD(ours.parameters(), 0.1, 0.9, weight_decay=3e-4)
         train.train_epoch(ours, batches, optimizer, run, graphs)
     elif kind == "one-stage":
         search.one_stage_epoch(ours, batches, *search.optimizers(ours, SETTINGS), run, graphs)
