@@ -81,7 +81,9 @@ def kill_and_resume(loop, place, seconds, kills, rng):
     return killed
 
 
-@pytest.mark.parametrize("loop", ["two-stage", "training"])  # one-stage search: see the end
+@pytest.mark.parametrize("loop", [  # one-stage search: see the end
+    "two-stage", pytest.param("training", marks=MANY),
+])
 def test_a_kill_costs_nothing_but_time(whole, tmp_path, loop):
     path, _ = whole(loop)
     process = linger(loop, tmp_path)
@@ -146,7 +148,8 @@ def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
 
 
 @pytest.mark.parametrize(("loop", "signum"), [
-    ("two-stage", signal.SIGINT), ("one-stage", signal.SIGTERM), ("training", signal.SIGTERM),
+    ("two-stage", signal.SIGINT), ("training", signal.SIGTERM),
+    pytest.param("one-stage", signal.SIGTERM, marks=MANY),
 ])
 def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, signum):
     path, _ = whole(loop)

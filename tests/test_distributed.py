@@ -119,7 +119,7 @@ def test_ranks_share_an_evaluation(whole, loop):
 
 
 @pytest.mark.parametrize(("loop", "victim"), [
-    ("two-stage", 0), ("one-stage", 1),
+    ("two-stage", 0), pytest.param("one-stage", 1, marks=pytest.mark.crash),
 ])
 def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, loop, victim):
     folder, _ = whole(loop)

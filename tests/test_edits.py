@@ -667,17 +667,17 @@ def test_edited_operations_give_one_accuracy(tmp_path):
 +        return w.sigmoid() * self._ops[op](x)
 """)
     (tmp_path / "plain.py").unlink()
-    log = Run(sources, *TWO_STAGE).log
+    log = finish(sources / "search.py", *TWO_STAGE[1:], "--epochs", 1, cwd=tmp_path).stdout
     for name in ("SepConv", "DilConv", "FactorizedReduce", "MixedOp"):
         assert f"{name} runs as it is written" in log
-    shutil.rmtree(tmp_path / "again")
-    (tmp_path / "run").rename(tmp_path / "search")
 
     normal = 4 * [("sep_conv_7x7", 0), ("dil_conv_3x3", 1)]
     reduce = 4 * [("skip_connect", 0), ("sep_conv_5x5", 1)]
     arch = str(Genotype(normal, [2, 3, 4, 5], reduce, [2, 3, 4, 5]))
-    run = Run(sources, *TRAIN, "--arch", arch, "--batch_size", 120)
-    loss, accuracy = run.rows[-1]["test_loss"], run.rows[-1]["test_accuracy"]
+    finish(sources / "train.py", *TRAIN[1:], "--arch", arch, "--batch_size", 120, "--epochs", 1,
+           "--save", "run", cwd=tmp_path)
+    (row,) = rows(tmp_path / "run/metrics.jsonl")
+    loss, accuracy = row["test_loss"], row["test_accuracy"]
     done = finish(sources / "train.py", "--evaluate", "--weights", "run/network.pt", cwd=tmp_path)
     assert f"test accuracy {accuracy:.2f} %" in done.stdout and f"loss {loss:.4f}" in done.stdout
     (sources / "loaded.py").write_text("""

@@ -362,7 +362,9 @@ def test_a_run_that_is_killed_in_every_epoch_ends_as_the_whole_one(
     assert_same_run(place / name, tmp_path / name)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", [
+    "two-stage", pytest.param("one-stage", marks=pytest.mark.crash),
+])
 def test_two_ranks_of_a_search_end_with_the_same_codes(place, tmp_path, name):
     (tmp_path / "images").symlink_to(place / "images")
     flags = [*SEARCHES[name], "--batch_size", 7, "--epochs", 2]

@@ -519,7 +519,7 @@ OPERATIONS_OF_NODE = [  # pairs of each node such that every operation runs, fro
 @pytest.mark.parametrize("numbers", OPERATIONS_OF_NODE)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_absorption_keeps_the_outputs(numbers, pruned):
-    net = Network(4, 10, 5, one_stage=True, auxiliary=True)
+    net = Network(4, 10, 3, one_stage=True, auxiliary=True)
     randomize(net)
     with torch.no_grad():
         for b in net.arch_parameters():

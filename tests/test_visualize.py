@@ -214,8 +214,7 @@ ADDED = ["sep_conv_7x7", *genotypes.PRIMITIVES, "inverted_bottleneck_3x3", "conv
 
 
 @pytest.mark.parametrize("nodes, each, primitives", [
-    (3, 2, genotypes.PRIMITIVES[2:5]), (4, 4, genotypes.PRIMITIVES[::-1]), (5, 2, ADDED),
-    (6, 1, genotypes.PRIMITIVES),
+    (3, 4, genotypes.PRIMITIVES[4:1:-1]), (6, 1, ADDED),
 ])
 def test_pictures_of_an_edited_search_space(tmp_path, edit, nodes, each, primitives):
     edit(nodes, primitives)
