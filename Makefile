@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	    --save $$run/train
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not crash and not cuda"
 
 crash: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 -m crash -o faulthandler_timeout=1800

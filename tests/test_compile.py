@@ -73,6 +73,7 @@ def test_steps_are_those_of_the_plain_network(kind, compiler):
         assert compiler.frame_count == 1
 
 
+@pytest.mark.cuda
 def test_a_rising_drop_path_is_compiled_twice(compiler):
     args, net = prepare("retraining")
     fast.compile_network(net, whole=True, log=lambda text: None, backend=compiler)

@@ -88,7 +88,10 @@ def whole(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", [
+    pytest.param(loop, marks=[pytest.mark.crash] * (loop in ("every step", "imagenet")))
+    for loop in LOOPS
+])
 def test_ranks_end_with_the_same_weights_codes_and_optimizers(whole, loop):
     folder, _ = whole(loop)
     first, second = (saved(folder / f"run-{rank}.pt") for rank in range(2))
@@ -256,6 +259,7 @@ def torchrun(*command, cwd):
     )
 
 
+@pytest.mark.crash
 def test_torchrun_starts_it(tmp_path):
     done = torchrun(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
