@@ -254,7 +254,9 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx, *grads):
         w, *affine = ctx.saved_tensors
         of_affine = torch._foreach_mul(grads, w) if any(ctx.needs_input_grad[1:]) else (None, None)
-        return torch.cat(torch._foreach_mul(grads, affine)).sum(), *of_affine
+        needs_w = ctx.needs_input_grad[0]  # not once the architecture is fixed
+        of_w = torch.cat(torch._foreach_mul(grads, affine)).sum() if needs_w else None
+        return of_w, *of_affine
 
 
 @functools.cache

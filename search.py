@@ -104,7 +104,7 @@ def main(args):
         epoch, trained = epoch + 1, trained + (phase == "training")
         name = f"search {epoch}" if phase == "searching" else f"{trained}/{args.epochs}"
         left = args.epochs - trained, phase == "searching"  # epochs; whether there may be more
-        rates = dict(learning_rate=weight_optimizer.param_groups[0]["lr"],
+        rates = dict(learning_rate=factor * weight_optimizer.param_groups[0]["initial_lr"],
                      drop_path_prob=net.drop_path_prob)
         with run.epoch(epoch, name, batches, left, phase=phase, **rates) as row:
             if args.one_stage:

@@ -102,7 +102,8 @@ def main(args):
         epoch += 1
         with run.epoch(
             epoch, f"{epoch}/{args.epochs}", batches, (args.epochs - epoch, False),
-            learning_rate=optimizer.param_groups[0]["lr"], drop_path_prob=net.drop_path_prob,
+            learning_rate=factor * optimizer.param_groups[0]["initial_lr"],
+            drop_path_prob=net.drop_path_prob,
             parameters=parameters, multiply_adds=multiply_adds,
         ) as row:
             row |= train_epoch(parallel, batches, optimizer, run, graphs)

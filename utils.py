@@ -189,16 +189,17 @@ def warm_up_linear(epoch, epochs):
 
 
 class SGD(torch.optim.Optimizer):
-    """torch.optim.SGD, of many tensors at a time; on CUDA the learning rate is a tensor.
+    """SGD with momentum and weight decay as in torch.optim.SGD; on CUDA its rate is a tensor.
 
-    torch's own would read its value, and a CUDA graph go on with that.
+    torch's own reads that tensor on the host, so a CUDA graph would keep its first value.
     """
 
     def __init__(self, params, lr, momentum, weight_decay):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for group in self.param_groups:
             if group["params"][0].is_cuda:
-                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+                rate = torch.tensor(group["lr"], device=group["params"][0].device)
+                group.update(initial_lr=group["lr"], lr=rate)
 
     @torch.no_grad()
     def step(self):
@@ -210,21 +211,23 @@ class SGD(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum_buffer"] for p in params]
+            grads = [p.grad for p in params]
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, [p.grad for p in params])
-            torch._foreach_add_(momenta, params, alpha=group["weight_decay"])
+            torch._foreach_add_(
+                momenta, torch._foreach_add(grads, params, alpha=group["weight_decay"]))
             torch._foreach_sub_(params, torch._foreach_mul(momenta, group["lr"]))
 
 
 def set_learning_rate(optimizer, share):
     """Give each group of an optimizer this share of the learning rate that it began with."""
     for group in optimizer.param_groups:
-        lr = share * group.setdefault("initial_lr", float(group["lr"]))
-        group["lr"] = set_number(group["lr"], lr)
+        if "initial_lr" not in group:
+            group["initial_lr"] = float(group["lr"])
+        group["lr"] = set_number(group["lr"], share * group["initial_lr"])
 
 
 def set_number(old, value):
-    """A number in place of an old one: in its tensor, if there is one."""
+    """Store a number where the old one was: in its tensor, if it had one."""
     return old.fill_(value) if isinstance(old, torch.Tensor) else float(value)
 
 
