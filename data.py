@@ -177,7 +177,7 @@ def cut(images, batch_size, *, train, rank=0, world_size=1):
         size = min(world_size * batch_size, images - start)
         if train:
             size -= size % world_size
-            if size < world_size * min(2, batch_size):
+            if size < 2 * world_size:
                 break
         share = slice(start + rank * size // world_size, start + (rank + 1) * size // world_size)
         if share.start < share.stop:

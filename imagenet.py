@@ -86,8 +86,6 @@ class Batches(data.Batches):
     """
 
     def __init__(self, images, batch_size, *, train, **options):
-        if train and batch_size < 2:
-            raise UserError("--batch_size 1: BatchNorm needs at least 2 images to train on")
         super().__init__(images, batch_size, train=train, **options)
         for name, value in self.augmentation.items():
             if value:

@@ -104,9 +104,9 @@ def main(args):
         epoch, trained = epoch + 1, trained + (phase == "training")
         name = f"search {epoch}" if phase == "searching" else f"{trained}/{args.epochs}"
         left = args.epochs - trained, phase == "searching"  # epochs; whether there may be more
-        rates = dict(learning_rate=factor * weight_optimizer.param_groups[0]["initial_lr"],
-                     drop_path_prob=net.drop_path_prob)
-        with run.epoch(epoch, name, batches, left, phase=phase, **rates) as row:
+        rate = factor * weight_optimizer.param_groups[0]["initial_lr"]
+        numbers = dict(phase=phase, learning_rate=rate, drop_path_prob=net.drop_path_prob)
+        with run.epoch(epoch, name, batches, left, **numbers) as row:
             if args.one_stage:
                 row |= one_stage_epoch(
                     parallel, batches, weight_optimizer, arch_optimizer, run, graphs
@@ -129,8 +129,6 @@ def main(args):
         if phase == "searching" and (all(net.frozen) or epoch == args.max_search_epochs):
             phase = "training"
             settle(run, net, weight_optimizer)
-            if args.compile:
-                fast.compile_network(net, whole=True, log=run.log)
             parallel = distributed.data_parallel(net, net.weight_parameters(), static=True)
         save_genotype(run, net, row)
         run.save_checkpoint(
@@ -334,6 +332,8 @@ def settle(run, net, weight_optimizer):
     kept = net.retraining_parameters()  # as train.py counts them
     run.log("the architecture is fixed; the operations outside it are dropped, which frees "
             f"{freed / 1e6:.3f} M parameters and leaves {kept / 1e6:.3f} M")
+    if run.args.compile:
+        fast.compile_network(net, whole=True, log=run.log)
     if run.args.drop_path_prob:
         run.log(f"from here on drop-path rises to {run.args.drop_path_prob:g}, which lowers the "
                 "training accuracy, and the learning rate falls")

@@ -60,7 +60,7 @@ def main(args):
 
     net = model.from_config(config)
     if source:
-        path = args.weights or flags.checkpoint_path(args.resume)
+        path = flags.checkpoint_path(args.resume) if args.resume else args.weights
         checkpoints.load_weights(net, source["weights"], path)
     net = net.to(device, memory_format=memory_format)
     if args.compile:
@@ -223,28 +223,28 @@ def network_config(args, source):
     arguments get the network's init_channels, layers and auxiliary; a typed one that contradicts it
     is a UserError. `num_classes` is missing where the data has to tell.
     """
-    config = dict(source["config"]) if source else {}
+    config, path = dict(source["config"]) if source else {}, args.resume or args.weights
     try:
         genotypes.from_lists(config.get("genotype", genotypes.as_lists(genotypes.draw(0))))
     except ValueError as error:  # an operation that is not among PRIMITIVES now, say
-        raise utils.UserError(f"{args.weights or args.resume}: {error}") from None
+        raise utils.UserError(f"{path}: {error}") from None
     if args.arch and not args.resume:  # a resumed run has its genotype in the checkpoint
         genotype, one_stage = read_arch(args.arch)
         named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)
         if config.setdefault("genotype", named["genotype"]) != named["genotype"]:
             raise utils.UserError(
-                f"--arch {args.arch} is not the genotype in {args.weights}: leave it out"
+                f"--arch {args.arch} is not the genotype in {path}: leave it out"
             )
         config = {**named, **config}
     elif "genotype" not in config:
         raise utils.UserError(
-            f"{args.weights} does not say what genotype its weights are for: give --arch"
+            f"{path} does not say what genotype its weights are for: give --arch"
         )
     for flag, key in (("init_channels", "C"), ("layers", "layers")):
         value = getattr(args, flag)
         if flag in args.typed and config.get(key, value) != value:
             raise utils.UserError(
-                f"--{flag} {value} contradicts {args.weights}, which has {config[key]}"
+                f"--{flag} {value} contradicts {path}, which has {config[key]}"
             )
         setattr(args, flag, config.setdefault(key, value))
     for flag in ("auxiliary", "one_stage"):
@@ -254,7 +254,7 @@ def network_config(args, source):
     is_for_imagenet = args.dataset == "imagenet"
     if config.setdefault("imagenet", is_for_imagenet) != is_for_imagenet:
         raise utils.UserError(
-            f"{args.weights} is a network for {'imagenet' if config['imagenet'] else 'CIFAR'}, "
+            f"{path} is a network for {'imagenet' if config['imagenet'] else 'CIFAR'}, "
             f"with another stem than those for {args.dataset}: give its --dataset and --data"
         )
     return config

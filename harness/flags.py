@@ -150,7 +150,7 @@ def add_shared(parser, datasets):
         "--image_size", type=whole(4, 2**15), metavar="PIXELS",
         help="width and height that images are resized to: a multiple of 4, for imagenet of 32")
     group.add_argument(
-        "--batch_size", type=whole(1), metavar="IMAGES", help="images in a step, of each rank")
+        "--batch_size", type=whole(2), metavar="IMAGES", help="images in a step, of each rank")
     group.add_argument(
         "--workers", type=whole(0, 1024), default=2, metavar="N",
         help="threads that read image files; for imagenet, processes")
@@ -291,7 +291,7 @@ def check_file(flag, path):
 def fit_to_data(args, images, published, world_size, log):
     """Make an untyped --batch_size fit so many images, and log what the data change."""
     if "batch_size" not in args.typed:  # the published one is that of all ranks together
-        args.batch_size = max(args.batch_size // world_size, 1)
+        args.batch_size = max(args.batch_size // world_size, 2)
         share = images // world_size
         if args.batch_size > share > 1:
             args.batch_size = share

@@ -118,7 +118,7 @@ class Run:
     several ranks, rank 0 writes; all may call the methods.
 
     args : argparse.Namespace
-        Of a resumed run its own, but for what was typed anew (`FREE`, and more --epochs).
+        Of a resumed run its own, but for what was typed anew (`FREE`, and more epochs).
     checkpoint : dict or None
         The last one of a resumed run.
     path : str or None
@@ -140,7 +140,9 @@ class Run:
         saved = {**vars(typed), **checkpoint["args"]}  # a newer flag than the run: its default
         for name in typed.typed:
             value = getattr(typed, name)
-            if name in FREE or (name == "epochs" and value > saved["epochs"]):
+            is_limit = name == "epochs" or (
+                name == "max_search_epochs" and checkpoint["phase"] == "searching")
+            if name in FREE or (is_limit and value > saved[name]):
                 saved[name] = value
             elif saved.get(name) != value:
                 raise UserError(
@@ -149,7 +151,7 @@ class Run:
                 )
         # All ranks together go on with the batches they had.
         together = saved["batch_size"] * len(checkpoint["random"])
-        saved["batch_size"] = max(together // distributed.world_size(), 1)
+        saved["batch_size"] = max(together // distributed.world_size(), 2)
         if "cuda_graphs" not in typed.typed and saved["cuda_graphs"]:
             saved["cuda_graphs"] = None  # the run may go on on another device
         saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)

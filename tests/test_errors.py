@@ -103,10 +103,11 @@ def evaluate(*flags):
 # Numbers out of their range, by what the line says.
 NUMBERS = {
     "at least 1": [
-        *("--epochs=" + text for text in ("0", "ten", "1.5", "", "a\nb")), "--batch_size=0",
+        *("--epochs=" + text for text in ("0", "ten", "1.5", "", "a\nb")),
         "--init_channels=0", "--layers=0", "--report_freq=0", "--cutout_length=0", "--proj_dims=0",
         "--sparseness=0", "--recover_every=0", "--recover_every=day", "--max_search_epochs=0",
     ],
+    "at least 2": ["--batch_size=1"],
     "at least 4": ["--image_size=0"],
     "at least 0": ["--workers=-1", "--seed=-1"],
     "at most 1000": ["--layers=100000", "--proj_dims=2000"],
@@ -196,7 +197,7 @@ LATE = [
     (digits("--batch_size", "720"), "--batch_size 720 is too large for the 719 images"),
     (train("--arch", "ISTA_twostage", *TINY, "--no-cutout", "--batch_size", "1439"),
      "--batch_size 1439"),
-    (digits("--batch_size", "1", "--train_portion", "0.0001"), "too few images"),
+    (digits("--batch_size", "2", "--train_portion", "0.0001"), "too few images"),
     (search("--dataset", "imagefolder", "--data", "nothing"), "train"),
     (search("--dataset", "imagefolder", "--data", "empty"), "no images"),
     (search("--dataset", "imagefolder", "--data", "one_class"), "single class"),

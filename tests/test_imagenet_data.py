@@ -271,8 +271,6 @@ def test_validation_images_alone_as_a_network_sees_them(place, tmp_path):
 def test_batches_that_cannot_be(place):
     with pytest.raises(UserError, match="43 for each of 2 ranks is too large for the 84 images"):
         batches(place, 43, rank=0, world_size=2)
-    with pytest.raises(UserError, match="at least 2"):
-        batches(place, 1)
     with pytest.raises(UserError, match="without cutout_length: give --no-cutout"):
         batches(place, 16, cutout_length=16)
     with pytest.raises(UserError, match="imagenet is augmented without brightness: leave it out"):

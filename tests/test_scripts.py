@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ONE_STAGE, ROOT, TINY, TRAIN, TWO_STAGE, assert_same_run, rows, run, saved
+from scripts import (
+    ONE_STAGE,
+    ROOT,
+    TINY,
+    TRAIN,
+    TWO_STAGE,
+    Process,
+    assert_same_run,
+    killed_in,
+    rows,
+    run,
+    saved,
+)
 
 import data
 import genotypes
@@ -230,6 +242,14 @@ def test_what_does_not_come_to_rest_is_taken_as_it_is(tmp_path):
     assert "warning: 8 of 8 nodes still moved" in done.words
     assert len(rows(tmp_path / "one/metrics.jsonl")) == 3
     assert genotypes.load(tmp_path / "one/genotype.json")[1] is True
+    more = ["--resume", "one", "--max_search_epochs", 3]
+    assert "contradicts" in run("search.py", *more, cwd=tmp_path, status=2).stderr  # too late
+
+    (tmp_path / "meddle.py").write_text(killed_in(2))
+    Process(*flags, "--save", "killed", cwd=tmp_path, meddle=tmp_path / "meddle.py").wait()
+    run("search.py", "--resume", "killed", *more[2:], cwd=tmp_path)
+    phases = [row["phase"] for row in rows(tmp_path / "killed/metrics.jsonl")]
+    assert phases == [*3 * ["searching"], "training"]
 
 
 def test_candidates_that_are_too_large_are_rejected(tmp_path):
