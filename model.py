@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from genotypes import as_lists, by_node, from_lists
-from operations import Concat, FactorizedReduce, ReLUConvBN, build, drop_path
+from layers import BatchNorm2d, Conv2d, ReLU, Sequential, concat
+from operations import FactorizedReduce, ReLUConvBN, build, drop_path
 
 
 class Skeleton(nn.Module):
@@ -31,22 +32,22 @@ class Skeleton(nn.Module):
         super().__init__()
         self.imagenet = imagenet
         if imagenet:
-            self.stem0 = nn.Sequential(
-                nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(C // 2),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(C),
+            self.stem0 = Sequential(
+                Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False),
+                BatchNorm2d(C // 2),
+                ReLU(inplace=True),
+                Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False),
+                BatchNorm2d(C),
             )
-            self.stem1 = nn.Sequential(
-                nn.ReLU(),
-                nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(C),
+            self.stem1 = Sequential(
+                ReLU(),
+                Conv2d(C, C, 3, stride=2, padding=1, bias=False),
+                BatchNorm2d(C),
             )
             C_prev_prev, C_prev, reduction_prev = C, C, True
         else:
-            self.stem = nn.Sequential(
-                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C)
+            self.stem = Sequential(
+                Conv2d(3, 3 * C, 3, padding=1, bias=False), BatchNorm2d(3 * C)
             )
             C_prev_prev, C_prev, reduction_prev = 3 * C, 3 * C, False
 
@@ -77,6 +78,14 @@ class Skeleton(nn.Module):
     def drop_path_prob(self, value):  # its size is on the device: no graph is made anew for it
         self._drop_path_prob, self._drops_paths = value, value > 0
         self.keep_prob.fill_(1 - value)
+
+    def active_modules(self):
+        """Return all modules that a forward pass runs."""
+        return self.modules()
+
+    def graph_key(self):
+        """Return what decides, besides shapes, which kernels a forward pass runs, by name."""
+        return {"training mode": self.training, "drop-path": self._drops_paths}
 
     def forward(self, x, normal=(), reduce=()):                       # (B, 3, H, W)
         """Logits of a batch, and those of the auxiliary head, or None without it or in evaluation.
@@ -117,16 +126,16 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, C, num_classes, imagenet=False):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.ReLU(),
+        self.features = Sequential(
+            ReLU(),
             PoolTo2x2(),
-            nn.Conv2d(C, 128, 1, bias=False),
-            nn.BatchNorm2d(128),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(128, 768, 2, bias=False),
+            Conv2d(C, 128, 1, bias=False),
+            BatchNorm2d(128),
+            ReLU(inplace=True),
+            Conv2d(128, 768, 2, bias=False),
             # DARTS' ImageNet head leaves this BatchNorm out, and published weights rely on it.
-            nn.Identity() if imagenet else nn.BatchNorm2d(768),
-            nn.ReLU(inplace=True),
+            nn.Identity() if imagenet else BatchNorm2d(768),
+            ReLU(inplace=True),
         )
         self.classifier = nn.Linear(768, num_classes)
 
@@ -159,7 +168,6 @@ class Cell(nn.Module):
                   norm_pools=one_stage, norm_skips=one_stage)
             for primitive, node in pairs
         )
-        self.concat = Concat()
 
     def forward(self, s0, s1, keep):
         states = [self.preprocess0(s0), self.preprocess1(s1)]         # nodes: (B, C, H, W)
@@ -173,7 +181,7 @@ class Cell(nn.Module):
                     y = drop_path(y, keep)
                 terms.append(y)
             states.append(sum(terms[1:], terms[0]))
-        return self.concat([states[node] for node in self.outputs])
+        return concat([states[node] for node in self.outputs])
 
 
 class NetworkCIFAR(Skeleton):

@@ -22,8 +22,9 @@ from torch import nn
 
 import ista
 from genotypes import NODES, PRIMITIVES, Genotype, as_lists
+from layers import concat, weighted
 from model import NetworkCIFAR, NetworkImageNet, Skeleton, preprocess
-from operations import Concat, build, drop_path, last_norm
+from operations import build, drop_path, last_norm
 
 
 class Recovery(NamedTuple):
@@ -87,11 +88,20 @@ class SparseCode(nn.Module):
     b : nn.ParameterList of 4 tensors, (m,)
         All that is trained of the architecture; initialised 1e-3·N(0, 1).
     z : list of 4 tensors, float64, (n_j,)
+    S : tensor, int64, (4, s)
+        Numbers k = edge·7 + operation of the pairs of the support.
+    frozen : tensor, bool, (4,)
+        Whether the code of a node is final.
     support : list of 4 lists of (edge, operation index)
-        It decides what runs, so it lives on the host.
-    M, c : tensors, float64, (4, s, m) and (4, s)
+        A view of S for Python, which decides with it what runs.
     is_frozen : list of 4 bools
-        Whether a node's code is final.
+        A view of `frozen` for Python.
+    M, c : tensors, float64, (4, s, m) and (4, s)
+
+    Notes
+    -----
+    `support`, `is_frozen`, M and c follow A, z, S and `frozen` when these are written in place,
+    loaded, copied or moved. After a write through `.data`, call `recover`.
     """
 
     def __init__(
@@ -107,16 +117,13 @@ class SparseCode(nn.Module):
             self.register_buffer(f"A{j}", DICTIONARIES[dictionary](proj_dims, n).double())
             self.register_buffer(f"z{j}", torch.zeros(n, dtype=torch.float64))
             self.b.append(nn.Parameter(1e-3 * torch.randn(proj_dims)))
-        # The state dict holds what is final and what runs as tensors; Python asks the lists.
         self.register_buffer("frozen", torch.zeros(NODES, dtype=torch.bool))
         self.register_buffer("S", torch.zeros(NODES, sparseness, dtype=torch.int64))
-        self.is_frozen = NODES * [False]
-        self.support = [[] for _ in range(NODES)]
         size = NODES, sparseness, proj_dims
         self.register_buffer("M", torch.zeros(size, dtype=torch.float64), persistent=False)
         self.register_buffer("c", torch.zeros(size[:2], dtype=torch.float64), persistent=False)
+        self._support, self._is_frozen, self._versions = None, None, None
         self.recover()
-        self.register_load_state_dict_post_hook(SparseCode._after_loading)
 
     @property
     def A(self):
@@ -126,13 +133,42 @@ class SparseCode(nn.Module):
     def z(self):
         return [getattr(self, f"z{j}") for j in range(NODES)]
 
+    @property
+    def support(self):
+        self._refresh()
+        return self._support
+
+    @property
+    def is_frozen(self):
+        self._refresh()
+        return self._is_frozen
+
+    def _refresh(self):
+        """Compute everything again that follows from A, z, S and `frozen`, if one has changed."""
+        if torch.compiler.is_compiling():  # the compiler guards the lists, and reads no versions
+            return
+        sources = [*self.A, *self.z, self.S, self.frozen]
+        # Tensors that were made in inference mode have no version.
+        versions = [(t.data_ptr(), t.is_inference() or t._version) for t in sources]
+        if versions == self._versions:
+            return
+        self._versions = versions
+        self._is_frozen = self.frozen.tolist()
+        self._support = [[divmod(k, len(PRIMITIVES)) for k in node] for node in self.S.tolist()]
+        with torch.inference_mode(self.M.is_inference()), torch.no_grad():
+            # In place, because a CUDA graph reads M and c from where they are.
+            for j, (A, z, S) in enumerate(zip(self.A, self.z, self.S, strict=True)):
+                A_S, z_S = A[:, S], z[S]                              # (m, s), (s,)
+                self.M[j] = A_S.T
+                self.c[j] = A_S.T @ (A_S @ z_S) - z_S
+
     def solve(self, solver="homotopy"):
         """The new codes of the points b, the last ones, ‖Aᵀb‖∞ of each, and the solver's failures.
 
         Codes are lists of 4 arrays, float64 (n_j,), the same in both where a node is frozen. The
         failures are the number of codes for which homotopy took the solver's place.
         """
-        A, b, last = _to_host(self.A, self.b, self.z)
+        A, b, last = map(_to_arrays, (self.A, self.b, self.z))
         codes, not_converged = [*last], 0
         for j in range(NODES):
             if not self.is_frozen[j]:
@@ -172,30 +208,24 @@ class SparseCode(nn.Module):
     def choose_unfrozen(self, codes):
         """What `choose` says, but for frozen nodes."""
         chosen = [[(int(edge), int(op)) for edge, op in node] for node in self.choose(codes)]
+        for j, node in enumerate(chosen):
+            if len({*node}) != self.sparseness or len(node) != self.sparseness:
+                raise ValueError(f"SparseCode.choose returned {node} for node {j}: it has to "
+                                 f"return {self.sparseness} different pairs (edge, operation)")
         nodes = zip(self.is_frozen, self.support, chosen, strict=True)
         return [last if frozen else new for frozen, last, new in nodes]
 
     @torch.no_grad()
     def accept(self, codes, support):
-        """Take codes for z and what was chosen for the support, and with them M and c."""
-        self.support = support
-        flat = torch.from_numpy(np.concatenate([*codes, *map(indices, support)]))
-        if self.c.is_cuda:  # a copy from pinned memory does not wait
-            flat = flat.pin_memory()
-        *codes, S = flat.to(self.c, non_blocking=True).split([*map(len, codes), self.S.numel()])
-        self.S.copy_(S.view_as(self.S))
+        """Write codes into z, and a support into S."""
         for z, code in zip(self.z, codes, strict=True):
-            z.copy_(code)
-        self._make_weights()
-
-    def _make_weights(self):
-        for j, (A, z, S) in enumerate(zip(self.A, self.z, self.S, strict=True)):
-            A_S, z_S = A[:, S], z[S]                                  # (m, s), (s,)
-            self.M[j] = A_S.T
-            self.c[j] = A_S.T @ (A_S @ z_S) - z_S
+            z.copy_(torch.as_tensor(code))
+        self.S.copy_(torch.tensor([indices(node) for node in support]))
+        self._versions = None
+        self._refresh()
 
     def recover(self, solver="homotopy"):
-        """Refresh z, the support, M and c from b, but for frozen nodes.
+        """Refresh z and the support from b, but for frozen nodes.
 
         `solver` is one of `ista.SOLVERS`; returns for how many codes it did not converge, so that
         homotopy took its place. Raises ista.SolverUnavailable without its package or licence.
@@ -206,6 +236,7 @@ class SparseCode(nn.Module):
 
     def active_weights(self):
         """Weights w_S = M b − c of the support: float64, (4, s), differentiable in b."""
+        self._refresh()
         b = torch.stack([*self.b]).to(self.M.dtype)                   # (4, m)
         return torch.einsum("jsm,jm->js", self.M, b) - self.c
 
@@ -224,30 +255,15 @@ class SparseCode(nn.Module):
         dense[rows, columns] = w
         return dense
 
-    def freeze(self, j):
-        """Make the code of node j final."""
-        self.is_frozen[j] = True
-        self.frozen[j].fill_(True)  # without a host sync
 
-    @torch.no_grad()
-    def _after_loading(self, _incompatible_keys):
-        self.is_frozen = self.frozen.tolist()
-        self.support = [[divmod(k, len(PRIMITIVES)) for k in node] for node in self.S.tolist()]
-        self._make_weights()
+def _to_arrays(tensors):
+    """Copy tensors to float64 arrays."""
+    return [t.detach().double().numpy(force=True).copy() for t in tensors]
 
 
 def indices(pairs):
     """The numbers k = edge·7 + operation of pairs."""
     return [edge * len(PRIMITIVES) + op for edge, op in pairs]
-
-
-def _to_host(*lists):
-    """Lists of tensors as lists of float64 arrays, by one copy: each one would be a host sync."""
-    tensors = [t for tensors in lists for t in tensors]
-    flat = torch.cat([t.detach().double().flatten() for t in tensors]).numpy(force=True)
-    ends = np.cumsum([t.numel() for t in tensors])[:-1]
-    parts = iter(np.split(flat, ends))
-    return [[next(parts).reshape(t.shape) for t in tensors] for tensors in lists]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,7 +282,7 @@ class MixedOp(nn.Module):
         )
 
     def forward(self, x, op, w):
-        return w * self._ops[op](x)
+        return weighted(self._ops[op], x, w)
 
 
 class Cell(nn.Module):
@@ -284,7 +300,6 @@ class Cell(nn.Module):
             for j in range(NODES)
             for edge in range(j + 2)
         )
-        self.concat = Concat()
 
     def edges(self, j):
         """The MixedOps that lead into intermediate node j, by their input node."""
@@ -303,7 +318,7 @@ class Cell(nn.Module):
                 terms.append(y)
             first += len(states)
             states.append(sum(terms[1:], terms[0]))
-        return self.concat(states[2:])                                # (B, 4C, H, W)
+        return concat(states[2:])                                     # (B, 4C, H, W)
 
 
 class Network(Skeleton):
@@ -316,7 +331,6 @@ class Network(Skeleton):
     one_stage : bool
         Supernet of one-stage search: every operation ends in an affine BatchNorm. In all
         BatchNorms of a node's operations, γ = 1 and β = 0 are held until the node freezes.
-        ValueError if the weight of an operation cannot be absorbed into its last BatchNorm.
     auxiliary : bool
         Whether it has an auxiliary head.
     imagenet : bool
@@ -338,10 +352,8 @@ class Network(Skeleton):
         of_code = proj_dims, sparseness, lam, distinct_edges, dictionary
         self.normal_code, self.reduce_code = SparseCode(*of_code), SparseCode(*of_code)
         self.codes = (self.normal_code, self.reduce_code)
-        if one_stage:
-            check_absorption(C)
-        self._hold()
-        self.register_load_state_dict_post_hook(Network._hold)
+        self._update_requires_grad()
+        self.register_load_state_dict_post_hook(Network._update_requires_grad)
 
     def forward(self, x):
         return super().forward(x, *(self._given(code) for code in self.codes))
@@ -349,6 +361,22 @@ class Network(Skeleton):
     def _given(self, code):  # to the cells of its type: the support, and its weights as scalars
         weights = code.active_weights().to(self.classifier.weight.dtype)
         return code.support, [w.unbind() for w in weights.unbind()]
+
+    def active_modules(self):
+        idle = {m for *_, op in self.idle_operations() for m in op.modules()}
+        return [m for m in self.modules() if m not in idle]
+
+    def graph_key(self):
+        supports = [code.support for code in self.codes]
+        return {**super().graph_key(), "the support": supports, "the frozen nodes": self.frozen}
+
+    def operations(self):
+        """Return the preprocess layers and all candidate operations of all cells."""
+        found = []
+        for cell in self.cells:
+            candidates = [op for mixed in cell._ops for op in mixed._ops if op is not None]
+            found += [cell.preprocess0, cell.preprocess1, *candidates]
+        return found
 
     def arch_parameters(self):
         return [*self.normal_code.b, *self.reduce_code.b]
@@ -427,15 +455,13 @@ class Network(Skeleton):
 
         `nodes`: which ones, a bool for each, normal ones first; all if it is None.
         """
-        flags = iter(2 * NODES * [True] if nodes is None else nodes)
-        for code in self.codes:
-            for j in range(NODES):
-                if next(flags):
-                    code.freeze(j)
-        self._hold()
+        flags = torch.tensor(2 * NODES * [True] if nodes is None else nodes)
+        for code, of_code in zip(self.codes, flags.split(NODES), strict=True):
+            code.frozen |= of_code.to(code.frozen.device)
+        self._update_requires_grad()
 
-    def _hold(self, _incompatible_keys=None):
-        """Let b train while its node is searched, and γ and β of its operations once it is not."""
+    def _update_requires_grad(self, _incompatible_keys=None):
+        """Train b of the nodes that are searched, and γ and β of the operations of frozen nodes."""
         if not self.one_stage:
             return
         for code, reduction in zip(self.codes, (False, True), strict=True):
@@ -497,10 +523,9 @@ class Network(Skeleton):
         """
         if not self.one_stage:
             raise ValueError("only the supernet of one-stage search can be absorbed")
-        with torch.device("meta"):  # no memory, and no random number, is spent on initial weights
+        with torch.random.fork_rng(devices=[]):  # initial weights draw no random number of the run
             plain = self._plain(self.genotype(), self.auxiliary)
-        weight = self.classifier.weight
-        plain.to_empty(device=weight.device).to(weight.dtype)
+        plain.to(self.classifier.weight)
         plain.drop_path_prob = self.drop_path_prob
         own = plain.state_dict()
         own.update((k, v) for k, v in self.state_dict().items() if k in own and "._ops." not in k)
@@ -522,8 +547,11 @@ class Network(Skeleton):
         nets = [copy.deepcopy(net).cpu().eval() for net in (plain, self)]  # TF32 rounds on CUDA
         (found, _), (expected, _) = (net(x.to(net.keep_prob)) for net in nets)
         if not torch.allclose(found, expected, rtol=0, atol=1e-2 * expected.abs().max().item()):
-            raise ValueError("the network after absorption computes something else than the "
-                             "supernet: an edit of Cell or Network stands in the way")
+            raise ValueError(
+                "one-stage search cannot absorb the weights w: the network after absorption "
+                "computes something else than the supernet, because an edit of MixedOp, Cell or "
+                "Network does more with w than to multiply the output of an operation by it"
+            )
 
 
 def absorb_weight(op, w):
@@ -534,30 +562,65 @@ def absorb_weight(op, w):
 
 
 @torch.no_grad()
-def check_absorption(C):
-    """Raise ValueError unless w · op(x) is what op computes with its weight w absorbed.
+def check_operations(C, one_stage, imagenet=False):
+    """Raise ValueError if an edited operation or cell would make a search wrong.
 
-    One-stage search ends in that: an edited operation or MixedOp would else fail after 600 epochs.
+    An operation that takes `pair_weight` has to multiply its output by it. In one-stage search, its
+    last BatchNorm also has to absorb w, in each operation and in a whole network.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         x = torch.randn(2, C, 8, 8)
         for stride in (1, 2):
-            mixed = MixedOp(C, stride, one_stage=True).eval()
-            for norm in mixed.modules():
-                if isinstance(norm, nn.BatchNorm2d):
-                    norm.weight.normal_()
-                    norm.bias.normal_()
-            for k, primitive in enumerate(PRIMITIVES):
-                w = torch.tensor(3 * (-0.5) ** k)  # of either sign, large and small
-                op, expected = mixed._ops[k], mixed(x, k, w)
-                where = f"{primitive} at stride {stride}: one-stage search"
-                if last_norm(op) is None:
-                    raise ValueError(f"{where} needs a BatchNorm at its end, to absorb w")
-                absorb_weight(op, w)
-                if not torch.allclose(op(x), expected, rtol=1e-3, atol=1e-3):
-                    raise ValueError(f"{where} cannot absorb w, for w·op(x) in MixedOp is not what "
-                                     "the operation computes with wγ, wβ in its last BatchNorm")
+            mixed = MixedOp(C, stride, one_stage).eval()
+            randomize_norms(mixed)
+            for primitive, op in zip(PRIMITIVES, mixed._ops, strict=True):
+                for w in (1.5, -0.5):
+                    check_operation(f"{primitive} at stride {stride}", op, x, torch.tensor(w))
+                if one_stage:
+                    check_absorption(f"{primitive} at stride {stride}", op, x, torch.tensor(-0.5))
+        if one_stage:
+            n = len(PRIMITIVES)  # each node runs all operations of its first edge
+            net = Network(C, 10, 3, one_stage=True, imagenet=imagenet, proj_dims=n, sparseness=n)
+            randomize_norms(net)
+            for b in net.arch_parameters():
+                b.normal_()
+            for code in net.codes:
+                every = [(0, op) for op in range(n)]
+                code.accept([z.numpy() for z in code.z], NODES * [every])
+            net.absorb()
+
+
+def check_operation(name, op, x, w):
+    if not torch.allclose(weighted(op, x, w), w * op(x), rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{name}: forward(x, pair_weight) is not pair_weight · forward(x): multiply the whole "
+            "output by pair_weight, or leave that argument out"
+        )
+
+
+def check_absorption(name, op, x, w):
+    absorbed = copy.deepcopy(op)
+    if last_norm(op) is None:
+        raise ValueError(f"{name}: one-stage search needs a BatchNorm at the end of the operation, "
+                         "which absorbs w: append one")
+    absorb_weight(absorbed, w)
+    if not torch.allclose(absorbed(x), w * op(x), rtol=1e-3, atol=1e-3):
+        raise ValueError(f"{name}: one-stage search cannot absorb w, because the operation goes on "
+                         "after its last BatchNorm: append a BatchNorm")
+
+
+@torch.no_grad()
+def randomize_norms(net):
+    """Give all BatchNorms random γ, β and running statistics."""
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            if norm.track_running_stats:
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+            if norm.affine:
+                norm.weight.normal_()
+                norm.bias.normal_()
 
 
 def as_pairs(support):

@@ -2,26 +2,30 @@
 
     op = build("sep_conv_3x3", C=16, stride=1)
     y = op(x)                                   # x, y: (B, C, H, W)
+    y = weighted(op, x, w)                      # w · op(x)
 
-Every operation is a plain module, tensor in, tensor out; paste in your own. Module and parameter
+Every operation is a plain module, tensor in, tensor out. Paste in your own: it needs no argument
+`pair_weight`. An operation that has one must return pair_weight times its output; `weighted` then
+passes the weight of the pair on to the last BatchNorm, where it costs nothing. Module and parameter
 names are those of DARTS, so that its checkpoints load.
 """
 
-import torch
 from torch import nn
+
+from layers import BatchNorm2d, Conv2d, ReLU, Sequential, concat, diagonals, weighted
 
 
 class ReLUConvBN(nn.Module):
     def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
         super().__init__()
-        self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(C_in, C_out, kernel_size, stride, padding, bias=False),
-            nn.BatchNorm2d(C_out, affine=affine),
+        self.op = Sequential(
+            ReLU(),
+            Conv2d(C_in, C_out, kernel_size, stride, padding, bias=False),
+            BatchNorm2d(C_out, affine=affine),
         )
 
-    def forward(self, x):
-        return self.op(x)
+    def forward(self, x, pair_weight=None):
+        return weighted(self.op, x, pair_weight)
 
 
 class SepConv(nn.Module):
@@ -30,19 +34,19 @@ class SepConv(nn.Module):
     def __init__(self, C, kernel_size, stride, affine=True):
         super().__init__()
         padding = kernel_size // 2
-        self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(C, C, kernel_size, stride, padding, groups=C, bias=False),
-            nn.Conv2d(C, C, 1, bias=False),
-            nn.BatchNorm2d(C, affine=affine),
-            nn.ReLU(),
-            nn.Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
-            nn.Conv2d(C, C, 1, bias=False),
-            nn.BatchNorm2d(C, affine=affine),
+        self.op = Sequential(
+            ReLU(),
+            Conv2d(C, C, kernel_size, stride, padding, groups=C, bias=False),
+            Conv2d(C, C, 1, bias=False),
+            BatchNorm2d(C, affine=affine),
+            ReLU(),
+            Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
+            Conv2d(C, C, 1, bias=False),
+            BatchNorm2d(C, affine=affine),
         )
 
-    def forward(self, x):
-        return self.op(x)
+    def forward(self, x, pair_weight=None):
+        return weighted(self.op, x, pair_weight)
 
 
 class DilConv(nn.Module):
@@ -51,42 +55,34 @@ class DilConv(nn.Module):
     def __init__(self, C, kernel_size, stride, affine=True):
         super().__init__()
         padding = kernel_size - 1
-        self.op = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
-            nn.Conv2d(C, C, 1, bias=False),
-            nn.BatchNorm2d(C, affine=affine),
+        self.op = Sequential(
+            ReLU(),
+            Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
+            Conv2d(C, C, 1, bias=False),
+            BatchNorm2d(C, affine=affine),
         )
 
-    def forward(self, x):
-        return self.op(x)
+    def forward(self, x, pair_weight=None):
+        return weighted(self.op, x, pair_weight)
 
 
 class FactorizedReduce(nn.Module):
-    """Halves the resolution: two 1×1 convolutions of stride 2, one pixel apart, side by side."""
+    """Halves the resolution: two 1×1 convolutions of stride 2, one pixel apart, side by side.
+
+    The stride is in `diagonals`, which returns what the two convolutions read.
+    """
 
     def __init__(self, C_in, C_out, affine=True):
         super().__init__()
-        self.relu = nn.ReLU()
-        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
-        self.bn = nn.BatchNorm2d(C_out, affine=affine)
+        self.relu = ReLU()
+        self.conv_1 = Conv2d(C_in, C_out // 2, 1, bias=False)
+        self.conv_2 = Conv2d(C_in, C_out // 2, 1, bias=False)
+        self.bn = BatchNorm2d(C_out, affine=affine)
 
-    def forward(self, x):                                             # (B, C_in, H, W)
-        x = self.relu(x)
-        x = torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
-        return self.bn(x)                                             # (B, C_out, H/2, W/2)
-
-
-class Concat(nn.Module):
-    """Concatenation of nodes, the output of a cell."""
-
-    def forward(self, nodes):                                         # each (B, C, H, W)
-        return torch.cat(nodes, dim=1)                                # (B, len(nodes)·C, H, W)
-
-
-class Normed(nn.Sequential):
-    """An operation and the BatchNorm that is appended to it."""
+    def forward(self, x, pair_weight=None):                           # (B, C_in, H, W)
+        even, odd = diagonals(self.relu(x))                           # (B, C_in, H/2, W/2)
+        x = concat([self.conv_1(even), self.conv_2(odd)])             # (B, C_out, H/2, W/2)
+        return weighted(self.bn, x, pair_weight)
 
 
 # Each takes the channels, the stride and whether its BatchNorms have γ and β.
@@ -111,7 +107,7 @@ def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=Fal
     op = OPS[primitive](C, stride, affine)
     is_pool, is_identity = "_pool_" in primitive, isinstance(op, nn.Identity)
     if (is_pool and norm_pools) or (is_identity and norm_skips):
-        return Normed(op, nn.BatchNorm2d(C, affine=affine))
+        return Sequential(op, BatchNorm2d(C, affine=affine))
     return op
 
 

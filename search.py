@@ -21,14 +21,14 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import data
-import fast
 import genotypes
 import imagenet
 import ista
 import utils
 import visualize
-from harness import checkpoints, distributed, flags, runs
-from model_search import DICTIONARIES, Network
+from harness import checkpoints, distributed, flags, runs, speedups
+from harness.cuda_graphs import StepGraphs, use_graphs
+from model_search import DICTIONARIES, Network, check_operations
 
 TWO_STAGE = dict(
     init_channels=16, layers=8, image_size=32, batch_size=256, epochs=50, seed=2,
@@ -72,16 +72,14 @@ def main(args):
         net.prune_like(checkpoint["net"])
         net.load_state_dict(checkpoint["net"])
     net = net.to(device, memory_format=memory_format)
+    if device.type == "cpu":
+        speedups.keep_freed_memory()
     if args.compile:
-        fast.compile_network(net, whole=all(net.frozen), log=run.log)
-    else:
-        fast.accelerate(net, run.log)
+        speedups.compile_network(net, is_fixed=all(net.frozen), log=run.log)
     weight_optimizer, arch_optimizer = optimizers(net, args)
+    checkpoints.record_built_numbers(weight_optimizer, arch_optimizer)
     utils.seed_drop_path(args.seed)
-    graphs = utils.Graphs(
-        utils.use_graphs(args.cuda_graphs, device, args.recover_every),
-        lambda: (net.genotype(), net.frozen, net.drop_path_prob > 0), run.warn,
-    )
+    graphs_enabled = use_graphs(args.cuda_graphs, device, args.recover_every)
 
     # A one-stage search is searching, at a constant learning rate, until all nodes are frozen; then
     # it is training, along the schedule of --epochs. A two-stage search follows that all along.
@@ -89,8 +87,8 @@ def main(args):
     share = distributed.from_rank_zero  # of what ranks compute, and rounding could part
     if checkpoint:
         epoch, phase, trained, row = (checkpoint[k] for k in ("epoch", "phase", "trained", "row"))
-        checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"])
-        checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"])
+        checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"], run.log)
+        checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"], run.log)
         checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:  # the first codes, and what runs in epoch 1
         report(run, net.recover(args.solver, share=share)._asdict(), epoch)
@@ -109,12 +107,12 @@ def main(args):
         with run.epoch(epoch, name, batches, left, **numbers) as row:
             if args.one_stage:
                 row |= one_stage_epoch(
-                    parallel, batches, weight_optimizer, arch_optimizer, run, graphs
+                    parallel, batches, weight_optimizer, arch_optimizer, run, graphs_enabled
                 )
             else:
                 row |= two_stage_epoch(
-                    parallel, batches, arch_batches, weight_optimizer, arch_optimizer, run, graphs,
-                    steps=(epoch - 1) * len(batches),
+                    parallel, batches, arch_batches, weight_optimizer, arch_optimizer, run,
+                    graphs_enabled, steps=(epoch - 1) * len(batches),
                 )
             row |= utils.named(utils.evaluate(net, measured_batches, args.amp), measured_name)
 
@@ -143,14 +141,14 @@ def main(args):
 # ------------------------------------------------------------------------------------------------
 # The steps, and the loops over batches that call them
 # ------------------------------------------------------------------------------------------------
-# What Python computes inside a step, and no tensor holds, is a constant of its CUDA graph: only the
-# support, frozen nodes and numbers in the optimizers' groups make a graph be recorded anew.
+# On CUDA a step is captured as a CUDA graph in each epoch, and then replayed: Python inside of it
+# does not run at every step. See "Change the method" in the README.
 
 
 def arch_step(net, x, y, weight_optimizer, arch_optimizer, args):
     """Move b, with the weights as they are: no gradient of a weight is computed."""
     with utils.held(weight_optimizer):
-        with utils.autocast(x.device, args.amp):
+        with speedups.autocast(net, x.device, args.amp):
             logits, logits_aux = net(x)
         loss, total = utils.criterion(logits, logits_aux, y, args)
         arch_optimizer.zero_grad()
@@ -163,7 +161,7 @@ def arch_step(net, x, y, weight_optimizer, arch_optimizer, args):
 def weight_step(net, x, y, weight_optimizer, arch_optimizer, args):
     """Move the weights, with b as it is."""
     with utils.held(arch_optimizer):
-        with utils.autocast(x.device, args.amp):
+        with speedups.autocast(net, x.device, args.amp):
             logits, logits_aux = net(x)
         loss, total = utils.criterion(logits, logits_aux, y, args)
         weight_optimizer.zero_grad()
@@ -175,7 +173,7 @@ def weight_step(net, x, y, weight_optimizer, arch_optimizer, args):
 
 def one_stage_step(net, x, y, weight_optimizer, arch_optimizer, args):
     """Move b and the weights, by the gradients of the same backward pass."""
-    with utils.autocast(x.device, args.amp):
+    with speedups.autocast(net, x.device, args.amp):
         logits, logits_aux = net(x)
     loss, total = utils.criterion(logits, logits_aux, y, args)
     arch_optimizer.zero_grad()
@@ -189,7 +187,7 @@ def one_stage_step(net, x, y, weight_optimizer, arch_optimizer, args):
 
 
 def two_stage_epoch(
-    net, batches, arch_batches, weight_optimizer, arch_optimizer, run, graphs, steps=0
+    net, batches, arch_batches, weight_optimizer, arch_optimizer, run, graphs_enabled=False, steps=0
 ):
     """At each step first b, on a batch of one half of the images, then the weights, on the other.
 
@@ -199,6 +197,7 @@ def two_stage_epoch(
     args, plain = run.args, distributed.unwrapped(net)
     device = next(plain.parameters()).device
     meter, arch_meter, recovered = utils.Meter(device), utils.Meter(device), {}
+    graphs = StepGraphs(plain, graphs_enabled, run.warn)
     moved = weight_optimizer, arch_optimizer, args
     net.train()
     for (x, y), (x_arch, y_arch) in zip(batches, arch_batches.endless(), strict=False):
@@ -214,10 +213,11 @@ def two_stage_epoch(
     return utils.named(meter.read(), "train") | utils.named(arch_meter.read(), "arch") | recovered
 
 
-def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs):
+def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs_enabled=False):
     """At each step b and the weights; see `two_stage_epoch`. Returns loss and accuracy."""
     plain = distributed.unwrapped(net)
     meter = utils.Meter(next(plain.parameters()).device)
+    graphs = StepGraphs(plain, graphs_enabled, run.warn)
     net.train()
     for x, y in batches:
         loss, logits = graphs.run(
@@ -271,6 +271,11 @@ def load_images(run, device):
 
 
 def supernet(args, num_classes):
+    """Build the supernet; UserError if edited operations could not be searched."""
+    try:
+        check_operations(args.init_channels, args.one_stage, args.dataset == "imagenet")
+    except ValueError as error:
+        raise utils.UserError(error) from None
     return Network(
         args.init_channels, num_classes, args.layers, one_stage=args.one_stage,
         auxiliary=args.auxiliary, imagenet=args.dataset == "imagenet",
@@ -333,7 +338,7 @@ def settle(run, net, weight_optimizer):
     run.log("the architecture is fixed; the operations outside it are dropped, which frees "
             f"{freed / 1e6:.3f} M parameters and leaves {kept / 1e6:.3f} M")
     if run.args.compile:
-        fast.compile_network(net, whole=True, log=run.log)
+        speedups.compile_network(net, is_fixed=True, log=run.log)
     if run.args.drop_path_prob:
         run.log(f"from here on drop-path rises to {run.args.drop_path_prob:g}, which lowers the "
                 "training accuracy, and the learning rate falls")

@@ -21,13 +21,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import fast
 import genotypes
 import imagenet
 import model
 import utils
 import visualize
-from harness import checkpoints, distributed, flags, runs
+from harness import checkpoints, distributed, flags, runs, speedups
+from harness.cuda_graphs import StepGraphs, use_graphs
 
 RETRAINING = dict(
     init_channels=36, layers=20, image_size=32, batch_size=96, epochs=600, seed=0,
@@ -63,10 +63,10 @@ def main(args):
         path = flags.checkpoint_path(args.resume) if args.resume else args.weights
         checkpoints.load_weights(net, source["weights"], path)
     net = net.to(device, memory_format=memory_format)
+    if device.type == "cpu":
+        speedups.keep_freed_memory()
     if args.compile:
-        fast.compile_network(net, whole=True, log=run.log)
-    else:
-        fast.accelerate(net, run.log)
+        speedups.compile_network(net, is_fixed=True, log=run.log)
     utils.seed_drop_path(args.seed)
     parameters, multiply_adds = cost(net, args.image_size)
     run.log(f"network: {parameters / 1e6:.4f} M parameters, {multiply_adds / 1e6:.1f} M "
@@ -82,13 +82,12 @@ def main(args):
     optimizer = utils.SGD(
         net.parameters(), args.learning_rate, args.momentum, args.weight_decay
     )
-    graphs = utils.Graphs(
-        utils.use_graphs(args.cuda_graphs, device), lambda: net.drop_path_prob > 0, run.warn
-    )
+    checkpoints.record_built_numbers(optimizer)
+    graphs_enabled = use_graphs(args.cuda_graphs, device)
     epoch, best = 0, 0.0
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
-        checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
+        checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
         checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     genotype = genotypes.from_lists(config["genotype"])
     run.log(f"genotype = {genotype}", whole=True)
@@ -106,7 +105,7 @@ def main(args):
             drop_path_prob=net.drop_path_prob,
             parameters=parameters, multiply_adds=multiply_adds,
         ) as row:
-            row |= train_epoch(parallel, batches, optimizer, run, graphs)
+            row |= train_epoch(parallel, batches, optimizer, run, graphs_enabled)
             row |= utils.named(utils.evaluate(net, test_batches, args.amp, top5), "test")
             is_best, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
             row["best_accuracy"] = best
@@ -131,8 +130,8 @@ def main(args):
 
 
 def train_step(net, x, y, optimizer, args):
-    """One step of SGD. What Python computes in it is a constant of its CUDA graph."""
-    with utils.autocast(x.device, args.amp):
+    """One step of SGD."""
+    with speedups.autocast(net, x.device, args.amp):
         logits, logits_aux = net(x)
     loss, total = utils.criterion(logits, logits_aux, y, args)
     optimizer.zero_grad()
@@ -142,10 +141,11 @@ def train_step(net, x, y, optimizer, args):
     return loss.detach(), logits.detach()
 
 
-def train_epoch(net, batches, optimizer, run, graphs):
+def train_epoch(net, batches, optimizer, run, graphs_enabled=False):
     """A step on each batch; returns loss and accuracy. `net` averages gradients over the ranks."""
     plain = distributed.unwrapped(net)
     meter = utils.Meter(next(plain.parameters()).device)
+    graphs = StepGraphs(plain, graphs_enabled, run.warn)
     net.train()
     for x, y in batches:
         loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)

@@ -5,21 +5,22 @@
     python benchmarks/bench.py --device cuda --out bench.json
     python benchmarks/bench.py --device cuda --kinds retraining --forms compiled --profile
 
-Ours are the epoch functions of `search.py` and `train.py` on the network that `fast.accelerate`
-returns, with random images. Figures are medians of the repetitions.
+Ours are the epoch functions of `search.py` and `train.py`, with random images. The figures are
+medians of the repetitions.
 
-On a CPU they are shares of the plain form: the network itself, in contiguous memory, with a step
-written in the most obvious way, `plain_step`. As seconds change with the machine and with what else
-it does, both forms run by turns, and what counts is the ratio. Each has a process of its own, as it
-has in use, for `fast.accelerate` also changes how a process gets its memory; memory is the peak of
-that process. On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other multiply the
-noise.
+On a CPU they are compared with the plain form: the same network under `layers.plain()`, in
+contiguous memory, with the simplest possible step, `plain_step`. Times depend on the machine and on
+its load, so both forms run by turns, and the ratio is what counts. Each form has its own process,
+because `speedups.keep_freed_memory` changes how a process gets its memory, and because memory is
+measured as the peak of the process. On a busy machine, set OMP_NUM_THREADS=1: threads that wait for
+each other add noise.
 
-On CUDA, at the published sizes, each form of a step is held to a limit: the bytes that the
-operators of the eager float32 step read and write, at the bandwidth with which this device copies,
-and at least 2.5 µs for each operator. Time and peak memory are of a step as the script runs it;
-kernels and their time are the profiler's; `first` is the first step, in which cuDNN looks for its
-kernels and what is compiled is compiled, and `record` what recording a CUDA graph takes.
+On CUDA, at the published sizes, each form of a step is compared with a limit: the time to move the
+bytes that the operators of the eager float32 step read and write, at the bandwidth with which this
+device copies, and at least 2.5 µs for each operator. An epoch runs its first step eagerly, captures
+the second, and replays the graph in the others; time and kernels are those of replayed steps.
+`first` is the first step of all, which includes cuDNN's autotuning and compilation. `capture` is
+the additional time of a step that is captured. Memory is the peak of all steps.
 """
 
 import argparse
@@ -31,7 +32,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +42,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs al
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,17 +50,16 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-import fast
 import genotypes
+import layers
 import search
 import train
 import utils
-from genotypes import NODES, PRIMITIVES
-from harness import flags, runs
+from genotypes import PRIMITIVES
+from harness import flags, runs, speedups
 from model import NetworkCIFAR
-from model_search import Network
+from model_search import Network, indices
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 KINDS = {  # flags at the sizes of the scripts, and images of a step on a CPU
     "two-stage": ([], 64), "one-stage": (["--one_stage"], 8),
@@ -69,6 +67,7 @@ KINDS = {  # flags at the sizes of the scripts, and images of a step on a CPU
 }
 LAYOUTS = {"channels-last": torch.channels_last, "nchw": torch.contiguous_format}
 SMALL = ["--init_channels", "4", "--layers", "3", "--batch_size", "8"]
+NOT_REPLAYED = 3  # first steps of an epoch on CUDA: eager, captured, and one more to settle
 
 
 class Form(NamedTuple):
@@ -94,8 +93,8 @@ ON_CUDA = (
 # ------------------------------------------------------------------------------------------------
 
 
-def one_by_one(sgd, *adam):
-    """Optimizers as these that take a parameter at a time, as torch does by default on a CPU."""
+def per_parameter_optimizers(sgd, *adam):
+    """Return such optimizers that update one parameter at a time, torch's default on a CPU."""
     for optimizer in adam:
         optimizer.param_groups[0].update(fused=False, foreach=False)
     (group,) = sgd.param_groups
@@ -103,10 +102,11 @@ def one_by_one(sgd, *adam):
 
 
 def plain_step(net, optimizers, args, batch, arch_batch=None):
-    """A step of either search or of retraining, as the text of the method has it.
+    """Make a step of a search or of retraining, as the paper describes it.
 
-    Every pass computes the gradients of all parameters, and its loss is read at once. In two-stage
-    search b moves on a batch of its own. The optimizers are SGD on the weights and maybe Adam on b.
+    Each backward pass computes the gradients of all parameters, and each loss is read immediately.
+    In two-stage search, b moves on a batch of its own. The optimizers are SGD on the weights and,
+    in a search, Adam on b.
     """
     sgd, *adam = optimizers
 
@@ -128,16 +128,16 @@ def plain_step(net, optimizers, args, batch, arch_batch=None):
 
 
 class Batches(list):
-    """Some batches, as the epoch functions take them."""
+    """Batches, as the epoch functions take them."""
 
     def endless(self):
         return itertools.cycle(self)
 
 
-def build(kind, form, device, more=(), layout=None, network=Network):
-    """A network, and a function run(steps, progress) that trains it for so many steps.
+def build(kind, form, device, more=(), layout=None):
+    """Build a network; return a function run(steps, progress) that trains it for an epoch.
 
-    `more` are flags of the script; the memory format is by default that of the script.
+    `more` are flags of the script; by default, the memory format is that of the script.
     """
     torch.manual_seed(0)
     script = train if kind == "retraining" else search
@@ -150,8 +150,8 @@ def build(kind, form, device, more=(), layout=None, network=Network):
             net.to(device).parameters(), args.learning_rate, args.momentum, args.weight_decay
         )]
     else:
-        net = network(*shape, one_stage=args.one_stage, auxiliary=args.auxiliary)
-        choose(net, genotypes.ISTA_onestage if args.one_stage else genotypes.ISTA_twostage)
+        net = Network(*shape, one_stage=args.one_stage, auxiliary=args.auxiliary)
+        set_support(net, genotypes.ISTA_onestage if args.one_stage else genotypes.ISTA_twostage)
         optimizers = search.optimizers(net.to(device), args)
     layout = layout or utils.memory_format(device, args.amp, kind == "two-stage")
     layout = torch.contiguous_format if form.is_plain else layout
@@ -163,37 +163,48 @@ def build(kind, form, device, more=(), layout=None, network=Network):
 
     first, second = random_batch(), random_batch()
     if form.is_plain:
-        optimizers = one_by_one(*optimizers)
-    elif form.compiled:
-        fast.compile_network(net, whole=kind == "retraining", log=lambda text: None)
-    else:
-        fast.accelerate(net)
-    graphs = utils.Graphs(form.graphs, lambda: None, print)
+        optimizers = per_parameter_optimizers(*optimizers)
+    elif device.type == "cpu":
+        speedups.keep_freed_memory()
+    if form.compiled:
+        speedups.compile_network(net, is_fixed=kind == "retraining", log=lambda text: None)
 
     def run(steps, progress):
-        batches, of_run = Batches(steps * [first]), SimpleNamespace(args=args, progress=progress)
+        batches, arch_batches = Batches(steps * [first]), Batches([second])
+        of_run = SimpleNamespace(args=args, progress=progress, warn=fail)
         if form.is_plain:
-            for x in batches:
-                plain_step(net, optimizers, args, x, second if kind == "two-stage" else None)
-                progress.step()
+            with layers.plain():
+                for batch in batches:
+                    plain_step(
+                        net, optimizers, args, batch, second if kind == "two-stage" else None
+                    )
+                    progress.step()
         elif kind == "retraining":
-            train.train_epoch(net, batches, *optimizers, of_run, graphs)
+            train.train_epoch(net, batches, *optimizers, of_run, form.graphs)
         elif kind == "one-stage":
-            search.one_stage_epoch(net, batches, *optimizers, of_run, graphs)
+            search.one_stage_epoch(net, batches, *optimizers, of_run, form.graphs)
         else:
-            search.two_stage_epoch(net, batches, Batches([second]), *optimizers, of_run, graphs)
+            search.two_stage_epoch(
+                net, batches, arch_batches, *optimizers, of_run, form.graphs
+            )
 
-    return net, run
+    return run
 
 
-def choose(net, genotype):
-    """Set the support of a supernet to the pairs of a genotype."""
+def fail(text, kind=None):
+    """Raise what would be a warning of a run: a form without its graphs is not that form."""
+    raise RuntimeError(text)
+
+
+def set_support(net, genotype):
+    """Have a supernet run the pairs of a genotype, with codes of 1."""
     for code, pairs in zip(net.codes, (genotype.normal, genotype.reduce), strict=True):
+        support = [[(source, PRIMITIVES.index(primitive)) for primitive, source in node]
+                   for node in genotypes.by_node(pairs)]
         codes = [np.zeros(len(z)) for z in code.z]
-        for i, (primitive, edge) in enumerate(pairs):
-            node = i * NODES // len(pairs)
-            codes[node][len(PRIMITIVES) * edge + PRIMITIVES.index(primitive)] = 1
-        code.accept(codes, code.choose(codes))
+        for z, node in zip(codes, support, strict=True):
+            z[indices(node)] = 1
+        code.accept(codes, support)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,36 +213,52 @@ def choose(net, genotype):
 
 
 class Clock:
-    """Seconds since it was made, or since so many steps were done; and those of each lap."""
+    """The progress of an epoch, with the seconds since `skipped` steps ended, or since it was made.
 
-    def __init__(self, device, steps=0, laps=None):
-        self.device, self.left, self.laps, self.began = device, steps, laps, 0
-        self.began = self.seconds()
+    `laps`, if it is given, gets the seconds of each step. `at_start` is called when the clock
+    starts after the skipped steps.
+    """
+
+    def __init__(self, device, skipped=0, laps=None, at_start=None):
+        self.device, self.left, self.laps, self.at_start = device, skipped, laps, at_start
+        self.began = self.now()
 
     def step(self, meter=None):
         self.left -= 1
-        if self.left == 0 or self.laps is not None:
-            elapsed = self.seconds()
-            self.began += elapsed
-            if self.laps is not None:
-                self.laps.append(elapsed)
+        if self.laps is not None:
+            self.laps.append(self.restart())
+        elif self.left == 0:
+            self.restart()
+            if self.at_start is not None:
+                self.at_start()
+
+    def restart(self):
+        now = self.now()
+        elapsed, self.began = now - self.began, now
+        return elapsed
 
     def seconds(self):
+        return self.now() - self.began
+
+    def now(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self.began
+        return time.perf_counter()
 
 
 def seconds(function, device):
-    """Time of one call."""
+    """Seconds of one call."""
     clock = Clock(device)
     function()
     return clock.seconds()
 
 
 def step_timer(run, device):
-    """A function that trains for a step, or on CUDA for eleven, and returns the time of one."""
-    skipped, steps = (1, 10) if device.type == "cuda" else (0, 1)  # an epoch ends in a host sync
+    """Return a function that trains for an epoch, and returns the seconds of a step.
+
+    On CUDA, the epoch has ten replayed steps, because it ends in a host synchronization.
+    """
+    skipped, steps = (NOT_REPLAYED, 10) if device.type == "cuda" else (0, 1)
 
     def timer():
         clock = Clock(device, skipped)
@@ -242,44 +269,19 @@ def step_timer(run, device):
 
 
 def by_turns(timers, repetitions):
-    """What functions return that are called one after the other: (repetitions, functions)."""
+    """Call functions by turns; return what they return as an array, (repetitions, functions)."""
     for timer in timers:  # to warm up
         timer()
     return np.array([[timer() for timer in timers] for _ in range(repetitions)])
 
 
 # ------------------------------------------------------------------------------------------------
-# What a step asks for
+# What a step on CUDA costs
 # ------------------------------------------------------------------------------------------------
 
 
-class Reads(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-class Copies(TorchFunctionMode):
-    """Counts calls that wait on CUDA, but of which no operator tells on the CPU."""
-
-    count = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
-        return func(*args, **(kwargs or {}))
-
-
-def host_syncs(function, *args):
-    """How often a call would wait for a device, as far as one sees on the CPU."""
-    with Reads() as reads, Copies() as copies:
-        function(*args)
-    return reads.count + copies.count
-
-
 class Traffic(TorchDispatchMode):
-    """Bytes that each operator on a device reads and writes; views, which do neither, left out."""
+    """Records the bytes that each operator on a device reads and writes, without views."""
 
     def __init__(self, device):
         super().__init__()
@@ -303,18 +305,18 @@ class Traffic(TorchDispatchMode):
         return returned
 
     def size(self, x):
-        """Bytes of a tensor, if it is one of the device; expanded ones are small."""
+        """Return the bytes of a tensor of the device; those of an expanded one are few."""
         if not isinstance(x, torch.Tensor) or x.device != self.device:
             return 0
         return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
     def limit(self, bandwidth):
-        """Seconds for all this, at so many bytes a second."""
+        """Return the seconds that all operators need at a bandwidth in bytes per second."""
         return sum(max(moved / bandwidth, 2.5e-6) for moved in self.bytes)
 
 
 def copy_bandwidth(device):
-    """Bytes that a copy of a large tensor reads and writes in a second."""
+    """Return the bytes per second that a copy of a large tensor reads and writes."""
     source = torch.rand(2**28, device=device)
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(12)]
@@ -322,36 +324,22 @@ def copy_bandwidth(device):
 
 
 def kernels(run, device):
-    """Name, number and milliseconds of the kernels of a step, the longest first."""
-    steps = 3
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run(steps, Clock(device))
+    """Return name, number and milliseconds of the kernels of a step, the longest first."""
+    steps, profiler = 3, profile(activities=[ProfilerActivity.CUDA])
+    run(NOT_REPLAYED + steps, Clock(device, NOT_REPLAYED, at_start=profiler.start))
+    profiler.stop()
     rows = [(e.key, e.count / steps, getattr(e, "self_device_time_total", 0) / 1e3 / steps)
             for e in profiler.key_averages()]
     return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
 
 
-def saved_bytes(run, net, device):
-    """Bytes that the forward passes of a step keep for the backward pass, parameters left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-    kept = {}  # by address, and alive, so that no other tensor gets it
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(1, Clock(device))
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-
-
 # ------------------------------------------------------------------------------------------------
-# On CUDA: the limit, and what each form of a step makes of it
+# On CUDA: each form of a step, compared with the limit
 # ------------------------------------------------------------------------------------------------
 
 
 def measure_cuda(device, args):
-    """Print a table for each kind of step; yields its rows."""
+    """Print a table for each kind of step; yield its rows."""
     options = dict(more=SMALL if args.small else [], layout=LAYOUTS.get(args.layout))
     bandwidth = copy_bandwidth(device)
     for kind in args.kinds:
@@ -360,7 +348,7 @@ def measure_cuda(device, args):
         print(f"\n{kind}, {args.layout}: {len(traffic.bytes):,} operators move {moved / 1e9:.1f} "
               f"GB, at {bandwidth / 1e12:.2f} TB/s: {limit:.1f} ms\n"
               f"  {'form':18}{'ms':>8}{'limit/ms':>10}{'kernels':>9}{'their ms':>10}{'first s':>9}"
-              f"{'record s':>10}{'GiB':>7}")
+              f"{'capture s':>11}{'GiB':>7}")
         for form in (form for form in ON_CUDA if form.name in args.forms):
             row = dict(kind=kind, form=form.name, layout=args.layout, limit=limit, bytes=moved,
                        operators=len(traffic.bytes), bandwidth=bandwidth)
@@ -369,7 +357,7 @@ def measure_cuda(device, args):
                 print(table_row(row), flush=True)
                 for name, count, ms in row["kernels"][: 20 * args.profile]:
                     print(f"    {ms:8.3f} ms {count:7.1f}  {name[:80]}")
-            except Exception as error:  # the other forms are still worth their time
+            except Exception as error:  # the other forms are still measured
                 said = (str(error).splitlines() or [""])[0]
                 row["error"] = f"{type(error).__name__}: {said}"
                 print(f"  {form.name:18}{row['error'][:80]}", flush=True)
@@ -380,27 +368,27 @@ def measure_cuda(device, args):
 
 
 def traffic_of(kind, device, options):
-    """The `Traffic` of an eager step in float32."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # its search takes long
-        _, run = build(kind, ON_CUDA[0], device, **options)
-        run(1, Clock(device))  # makes the momenta
+    """Return the `Traffic` of an eager step in float32."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # autotuning takes long
+        run = build(kind, ON_CUDA[0], device, **options)
+        run(1, Clock(device))  # creates the momenta
         with Traffic(device) as traffic:
             run(1, Clock(device))
     return traffic
 
 
 def measure_form(kind, form, device, options, repetitions):
-    """What is measured of a form, a dict; times in milliseconds but for `first` and `record`."""
+    """Return a dict of figures; times are in milliseconds, but `first` and `capture` in seconds."""
     torch.cuda.reset_peak_memory_stats()
-    _, run = build(kind, form, device, **options)
+    run = build(kind, form, device, **options)
     laps = []
-    run(4, Clock(device, laps=laps))
+    run(NOT_REPLAYED, Clock(device, laps=laps))
     times = [1e3 * t for t in by_turns([step_timer(run, device)], repetitions)[:, 0]]
-    peak = utils.peak_memory(device)
-    first, *others = laps
+    peak, ms = utils.peak_memory(device), float(np.median(times))
+    first, second, *_ = laps
     return dict(
-        ms=float(np.median(times)), times=times, first=first, peak=peak,
-        record=max(max(others) - np.median(times) / 1e3, 0) if form.graphs else None,
+        ms=ms, times=times, first=first, peak=peak,
+        capture=max(second - ms / 1e3, 0) if form.graphs else None,
         kernels=kernels(run, device),
     )
 
@@ -409,9 +397,9 @@ def table_row(row):
     found = row["kernels"]  # none on a device without the profiler's CUDA side
     of_kernels = (f"{sum(count for _, count, _ in found):9,.0f}{sum(ms for *_, ms in found):10.1f}"
                   if found else f"{'–':>9}{'–':>10}")
-    record = f"{'–':>10}" if row["record"] is None else f"{row['record']:10.2f}"
+    capture = f"{'–':>11}" if row["capture"] is None else f"{row['capture']:11.2f}"
     return (f"  {row['form']:18}{row['ms']:8.1f}{row['limit'] / row['ms']:10.0%}{of_kernels}"
-            f"{row['first']:9.1f}{record}{row['peak']:7.2f}")
+            f"{row['first']:9.1f}{capture}{row['peak']:7.2f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -420,14 +408,12 @@ def table_row(row):
 
 
 class FormProcess:
-    """A process of its own that trains in one form: a call trains a step, and returns its time.
+    """A process that trains in one form: a call makes a step in it, and returns the seconds.
 
     Attributes
     ----------
     before, peak : float
-        GiB before there is a network, and at the peak of 3 steps.
-    syncs : int
-        Host syncs in a step, without those at the end of an epoch.
+        Peak memory in GiB before there is a network, and after 3 steps.
     """
 
     def __init__(self, kind, form):
@@ -435,7 +421,7 @@ class FormProcess:
         command += ["--threads", str(torch.get_num_threads())]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, **pipes)
-        self.before, self.peak, self.syncs = json.loads(self.process.stdout.readline())
+        self.before, self.peak = json.loads(self.process.stdout.readline())
 
     def __call__(self):
         print(file=self.process.stdin, flush=True)
@@ -445,14 +431,14 @@ class FormProcess:
         self.process.communicate()
 
 
-def serve(kind, form):
-    """The other side of a `FormProcess`."""
+def serve_form(kind, form):
+    """Make steps for a `FormProcess`: the other side of its pipes."""
     before = utils.peak_memory(CPU)
-    net, run = build(kind, form, CPU, batch_flags(kind))
-    one, two = (host_syncs(run, n, Clock(CPU)) for n in (1, 2))
+    run = build(kind, form, CPU, batch_flags(kind))
+    run(3, Clock(CPU))
     peak = utils.peak_memory(CPU)
     timer = step_timer(run, CPU)
-    print(json.dumps([before, peak, two - one]), flush=True)
+    print(json.dumps([before, peak]), flush=True)
     for _ in sys.stdin:
         print(timer(), flush=True)
 
@@ -462,7 +448,7 @@ def batch_flags(kind):
 
 
 class Table:
-    """Rows of figures, printed as they come and kept for the JSON."""
+    """Rows of figures, printed when they are added and kept for the JSON."""
 
     def __init__(self):
         self.rows, self.section = [], ""
@@ -472,7 +458,7 @@ class Table:
         print(f"\n{text:60}  {'median':>14}  {'quartiles':>19}")
 
     def add(self, name, values, unit=""):
-        """Add a row: of a number, or of an array of repetitions."""
+        """Add a row: a number, or an array of repetitions."""
         values = np.atleast_1d(np.asarray(values, float))
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
         self.rows.append(dict(
@@ -485,8 +471,7 @@ class Table:
 
 
 def measure_steps(table, repetitions):
-    """Time, peak memory and host syncs of the three steps, in both forms."""
-    # First of all, while this process is small: a child inherits the peak of its parent.
+    """Measure time and peak memory of the three kinds of steps, in both forms."""
     for kind, (_, batch) in KINDS.items():
         table.title(f"{kind} step of the published network, batch {batch}")
         processes = [FormProcess(kind, form) for form in ON_CPU]
@@ -500,11 +485,10 @@ def measure_steps(table, repetitions):
                 table.add("  time, share of the plain form", times[:, i] / times[:, 1])
                 table.add("  peak memory, share of the plain form",
                           process.peak / processes[1].peak)
-            table.add("  host syncs", process.syncs)
 
 
 def measure_recovery(table, repetitions):
-    """Cold and warm solves of all codes, of points as large as they are in a search."""
+    """Measure cold and warm solves of all codes, at points as large as those of a search."""
     table.title("recovery of all 8 nodes")
     torch.manual_seed(0)
     net = Network(4, 10, 2)  # the size of the network does not matter
@@ -533,7 +517,7 @@ def measure_recovery(table, repetitions):
 
 
 def measure_data(table, repetitions):
-    """Augmented batches of ours, and of torchvision's transforms on PIL images, on one core."""
+    """Measure augmentation, ours and that of torchvision on PIL images, on one core."""
     table.title("training images a second, augmented, one core")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -561,69 +545,13 @@ def measure_data(table, repetitions):
     table.add("ours, times torchvision's", times[:, 1] / times[:, 0])
 
 
-class Dense(Network):
-    """A relaxation as in DARTS, in which every operation runs."""
-
-    def _given(self, code):
-        weights = [(A.T @ b.double()).softmax(0) for A, b in zip(code.A, code.b, strict=True)]
-        operations = len(weights[0]) // 2
-        support = [[divmod(k, operations) for k in range(len(w))] for w in weights]
-        return support, [w.to(self.classifier.weight.dtype).unbind() for w in weights]
-
-
-def measure_growth(table, repetitions):
-    """Steps in spaces of 7, 14 and 28 operations an edge, the available ones repeated."""
-    published, (ours, plain) = list(PRIMITIVES), ON_CPU
-    for title, times, options in (
-        ("two-stage step", repetitions, (ours, CPU, batch_flags("two-stage"))),
-        ("where all of them run, 2 cells, batch 8", 3,
-         (plain, CPU, ["--batch_size", "8", "--layers", "2"], None, Dense)),
-    ):
-        table.title(f"growth with the operations: {title}")
-        built = []
-        for copies in (1, 2, 4):
-            PRIMITIVES[:] = published * copies
-            built.append(build("two-stage", *options))
-        PRIMITIVES[:] = published
-        taken = by_turns([step_timer(run, CPU) for _, run in built], times)
-        saved = [saved_bytes(run, net, CPU) for net, run in built]
-        for i, n in ((1, 14), (2, 28)):
-            table.add(f"time, {n} operations to 7", taken[:, i] / taken[:, 0])
-            table.add(f"activation memory, {n} operations to 7", saved[i] / saved[0])
-
-
-def measure_start(table, repetitions):
-    """What a person waits for: the first step of a search, and the help."""
-    table.title("start: python search.py --dataset digits")
-    command = [sys.executable, str(ROOT / "search.py")]
-    tiny = "--dataset digits --image_size 8 --init_channels 2 --layers 3 --report_freq 1".split()
-
-    def first_step():
-        clock = Clock(CPU)
-        with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
-            [*command, *tiny, "--device", "cpu", "--save", f"{folder}/run"],
-            stdout=subprocess.PIPE, text=True,
-        ) as script:
-            reached = any("step 1/" in line for line in script.stdout)
-            elapsed = clock.seconds()
-            script.kill()
-        return elapsed if reached else np.nan
-
-    def prompt():
-        return seconds(lambda: subprocess.run([*command, "--help"], stdout=subprocess.PIPE), CPU)
-
-    times = by_turns([first_step, prompt], 1 + repetitions // 2)
-    table.add("to the first step", times[:, 0], "s")
-    table.add("--help to the prompt", times[:, 1], "s")
-
-
 # ------------------------------------------------------------------------------------------------
 # The script
 # ------------------------------------------------------------------------------------------------
 
 
 def machine(device):
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
         processor = (re.findall("model name.*: (.*)", cpuinfo.read_text()) or [processor])[0]
@@ -666,13 +594,13 @@ def main():
         torch.set_num_threads(args.threads)
     if args.serve:
         kind, name = args.serve
-        serve(kind, {form.name: form for form in ON_CPU}[name])
+        serve_form(kind, {form.name: form for form in ON_CPU}[name])
         return
     args.forms = args.forms or [f.name for f in ON_CUDA if not (args.quick and f.compiled)]
     about, table = machine(device), Table()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
 
-    def keep():  # what is measured by now, for this may be cut off
+    def write():  # after each figure, because the script may be cut off
         if args.out:
             with utils.replacing(args.out) as file:
                 file.write(json.dumps({"machine": about, "figures": table.rows}, indent=1).encode())
@@ -680,11 +608,12 @@ def main():
     if device.type == "cuda":
         for row in measure_cuda(device, args):
             table.rows.append(row)
-            keep()
+            write()
     else:
-        for measure in measure_steps, measure_recovery, measure_data, measure_growth, measure_start:
+        # Steps come first, while this process is small: a child inherits the peak of its parent.
+        for measure in measure_steps, measure_recovery, measure_data:
             measure(table, repetitions=3 if args.quick else 9)
-            keep()
+            write()
 
 
 if __name__ == "__main__":

@@ -31,14 +31,13 @@ from torch.nn.utils import clip_grad_norm_
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import data
-import fast
 import genotypes
 import utils
 from genotypes import NODES, PRIMITIVES, Genotype
-from harness import checkpoints, flags
+from harness import checkpoints, flags, speedups
+from layers import concat
 from model import Skeleton, preprocess
 from model_search import MixedOp
-from operations import Concat
 from utils import UserError
 
 INPUTS = range(2, 2 + NODES)  # how many earlier nodes each node has: 2, 3, 4, 5
@@ -116,7 +115,6 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList(
             Edge(C, 2 if reduction and source < 2 else 1, partial)
             for inputs in INPUTS for source in range(inputs))
-        self.concat = Concat()
 
     def forward(self, s0, s1, keep, op_weights, edge_weights):        # 14 × 7, 14 numbers
         states = [self.preprocess0(s0), self.preprocess1(s1)]
@@ -128,7 +126,7 @@ class Cell(nn.Module):
                 y = edge(x, weights)
                 outputs.append(y if edge_weight is None else edge_weight * y)
             states.append(sum(outputs[1:], outputs[0]))
-        return self.concat(states[2:])                                # (B, 4C, H, W)
+        return concat(states[2:])                                     # (B, 4C, H, W)
 
 
 class Network(Skeleton):
@@ -196,7 +194,9 @@ def main(args):
     held_out = halves[1].batches(args.batch_size, train=False, memory_format=layout)
 
     net = Network(args.init_channels, len(images.classes), args.layers, args.partial)
-    net = fast.accelerate(net.to(device, memory_format=layout))
+    net = net.to(device, memory_format=layout)
+    if device.type == "cpu":
+        speedups.keep_freed_memory()
     optimizer = utils.SGD(
         net.weight_parameters(), args.learning_rate, momentum=0.9, weight_decay=3e-4)
     arch_optimizer = torch.optim.Adam(

@@ -56,13 +56,13 @@ import evidence
 import nasbench301
 
 import data
-import fast
 import genotypes
 import search
 import utils
 import visualize
 from genotypes import NODES, PRIMITIVES
-from harness import checkpoints, flags
+from harness import checkpoints, flags, speedups
+from model_search import indices
 from utils import UserError
 
 SEARCH = "--init_channels 8 --layers 5 --batch_size 64 --epochs 15 --learning_rate 0.025"
@@ -145,8 +145,10 @@ class Supernet:
             images.subset(index).batches(self.args.batch_size, train=images is train,
                                          memory_format=layout, generator=self.generator)
             for images, index in zip((train, train, test), (*halves, order), strict=True))
-        net = search.supernet(self.args, len(train.classes)).to(device, memory_format=layout)
-        self.net = fast.accelerate(net, log=lambda text: None)
+        net = search.supernet(self.args, len(train.classes))
+        self.net = net.to(device, memory_format=layout)
+        if device.type == "cpu":
+            speedups.keep_freed_memory()
         self.optimizers = search.optimizers(self.net, self.args)
 
     def train(self, epochs):
@@ -176,8 +178,11 @@ class Supernet:
     def run_only(self, genotype):
         """Have the cells run a genotype with w = M b − c = 1, until the next recovery."""
         for code, cell in zip(self.net.codes, (genotype.normal, genotype.reduce), strict=True):
-            code.support = [[(source, PRIMITIVES.index(name)) for name, source in node]
-                            for node in genotypes.by_node(cell)]
+            support = [[(source, PRIMITIVES.index(name)) for name, source in node]
+                       for node in genotypes.by_node(cell)]
+            code.S.copy_(torch.tensor([indices(node) for node in support]))
+            # Reading the support computes M and c from S, so they can only be written afterwards.
+            assert code.support == support
             code.M.zero_()
             code.c.fill_(-1)
 

@@ -83,19 +83,58 @@ def load_run(path, kind):
 # Optimizers and random generators
 # ------------------------------------------------------------------------------------------------
 
-HERE = ("capturable", "fused", "foreach")  # how an optimizer computes on this device
+DEVICE_OPTIONS = ("capturable", "fused", "foreach")  # how an optimizer computes on its device
 
 
-def load_optimizer(optimizer, state):
-    """Load an optimizer's state dict: its state and the entries of its groups, but for `HERE`."""
-    groups = [
-        {**saved, **{key: own[key] for key in HERE if key in own}}
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
+def record_built_numbers(*optimizers):
+    """Store in each group of optimizers the numbers that it was built with: `load_optimizer`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["built"] = {
+                name: value.item() if isinstance(value, torch.Tensor) else value
+                for name, value in group.items()
+                if name not in ("params", "built", *DEVICE_OPTIONS)
+            }
+
+
+def load_optimizer(optimizer, state, log=print):
+    """Load an optimizer's state dict: its state and the numbers of its groups.
+
+    The groups keep their `DEVICE_OPTIONS`. A number that the code now builds with another value
+    than the saved run did takes the new value, and `log` gets a line.
+    """
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group = {**saved, **{name: own[name] for name in DEVICE_OPTIONS if name in own}}
+        if "built" in own:
+            group["built"] = own["built"]
+            group.update(changed_numbers(optimizer, saved.get("built", {}), own["built"], log))
+        groups.append(group)
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = utils.set_number(rate, group["lr"])
+
+
+def changed_numbers(optimizer, before, now, log):
+    """Return the numbers that a group is now built with and was not before; log each of them."""
+    changed = {}
+    for name in sorted(before.keys() & now.keys()):
+        if not is_close(before[name], now[name]):
+            log(f"{type(optimizer).__name__}: {name} is {now[name]} from here on, and was "
+                f"{before[name]}, because the code has changed")
+            changed[name] = now[name]
+    if "lr" in changed:
+        changed["initial_lr"] = changed["lr"]  # which schedules scale
+    return changed
+
+
+def is_close(a, b):
+    """Whether two numbers, or tuples of numbers, are equal to the precision of float32."""
+    try:
+        return np.allclose(a, b, rtol=1e-6, atol=0)
+    except TypeError:  # None, or a string
+        return a == b
 
 
 def random_state(generator):

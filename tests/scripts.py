@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import fast
 import visualize
 from harness import runs
 
@@ -139,17 +138,6 @@ def run(script, *flags, cwd, status=0, pictures=False, launcher=()):
     return done
 
 
-computes_the_same, known = fast.computes_the_same, {}
-
-
-def compare_once(layer, faster):
-    """`fast.computes_the_same`, asked once for each kind of layer: that is half of a tiny run."""
-    kind = fast.kind(layer), faster
-    if kind not in known:
-        known[kind] = computes_the_same(layer, faster)
-    return known[kind]
-
-
 def _run_here(script, flags, cwd, pictures):
     out, err, status, folder = io.StringIO(), io.StringIO(), 0, os.getcwd()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -157,7 +145,6 @@ def _run_here(script, flags, cwd, pictures):
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
-        stack.enter_context(mock.patch.object(fast, "computes_the_same", compare_once))
         stack.enter_context(mock.patch.object(runs.Run, "latest", None))
         stack.enter_context(mock.patch.object(threading, "excepthook", threading.__excepthook__))
         if not pictures:

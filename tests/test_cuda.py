@@ -16,9 +16,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import data
-import fast
+import layers
 import utils
 from harness import checkpoints, distributed
+from harness.cuda_graphs import use_graphs
+from model_search import SparseCode
 
 TINY = ["--init_channels", "2", "--layers", "3"]
 
@@ -28,7 +30,7 @@ TINY = ["--init_channels", "2", "--layers", "3"]
 
 
 def to_fake_cuda(net):
-    """The network with fake parameters and buffers on CUDA, accelerated."""
+    """The network with fake parameters and buffers on CUDA."""
 
     def fake(tensor):
         return torch.empty_strided(
@@ -41,7 +43,7 @@ def to_fake_cuda(net):
                 module._parameters[name] = nn.Parameter(fake(p), p.requires_grad)
         for name, buffer in module._buffers.items():
             module._buffers[name] = fake(buffer)
-    return fast.accelerate(net)
+    return net
 
 
 def backward(loss):
@@ -63,11 +65,11 @@ def backward(loss):
 @pytest.fixture
 def fake_cuda(monkeypatch):
     monkeypatch.setattr(utils.Meter, "read", lambda meter: (0.0, 0.0))  # once an epoch: a host sync
-    monkeypatch.setattr(fast, "computes_the_same", lambda *_: True)  # there are no values
+    monkeypatch.setattr(SparseCode, "_refresh", lambda code: None)  # there are no values
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     yield FakeTensorMode()
-    for cached in (data._scale_and_bias, data._axis, fast._constant):  # they hold fake tensors now
-        cached.cache_clear()
+    for cached in (data._scale_and_bias, data._axis, layers._constant):
+        cached.cache_clear()  # they hold fake tensors now
 
 
 def fake_images(n):
@@ -213,9 +215,9 @@ def test_graphs_are_used_where_they_can_be(gpus, wanted, device, recover_every, 
     gpus(1, ranks=ranks)
     if used is None:
         with pytest.raises(utils.UserError, match="--cuda_graphs"):
-            utils.use_graphs(wanted, device, recover_every)
+            use_graphs(wanted, device, recover_every)
     else:
-        assert utils.use_graphs(wanted, device, recover_every) == used
+        assert use_graphs(wanted, device, recover_every) == used
 
 
 @pytest.mark.parametrize("device, batch_size, image_size, images", [

@@ -1,7 +1,7 @@
 """What researchers edit is what runs, and a run of edited sources resumes.
 
-Edits of operations are made in this process: the accelerated network computes what the plain one
-does. The others are patches of a copy of the sources, which is then run.
+Edits of operations are made in this process, and compared with the layers of torch.nn. The others
+are patches of a copy of the sources, which is then run.
 """
 
 import ast
@@ -32,14 +32,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import data
-import fast
+import layers
 import model_search
 import operations
+import search
 from genotypes import PRIMITIVES, Genotype
 from harness import checkpoints
 from model import NetworkCIFAR
 from model_search import Cell, MixedOp, Network
-from operations import DilConv, FactorizedReduce, Normed, ReLUConvBN, SepConv
+from operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from utils import UserError
 
 # ------------------------------------------------------------------------------------------------
 # Operations
@@ -88,44 +90,60 @@ def gains(patch):
     in_forward(SepConv, lambda before, op, x: (1 + op.gain) * before(op, x))(patch)
 
 
-# Each with the classes that the log names.
+def size(patch):
+    """A forward that depends on the size of the images and of the batch."""
+    in_forward(DilConv, lambda before, op, x: before(op, x) * x.shape[-1] / len(x))(patch)
+
+
 OPERATIONS = {
-    "none": (lambda patch: None, ""),
-    "SiLU": (in_init(DilConv, put(0, lambda _: nn.SiLU())), "DilConv"),
-    "ReLU6": (in_init(DilConv, put(0, lambda _: nn.ReLU6())), "DilConv"),
-    "GELU": (in_init(SepConv, put(4, lambda _: nn.GELU())), "SepConv"),
-    "bias": (in_init(ReLUConvBN, put(1, lambda conv: nn.Conv2d(
-        conv.in_channels, conv.out_channels, 1))), "ReLUConvBN"),
-    "padding_mode": (in_init(SepConv, give(1, padding_mode="reflect")), "SepConv"),
-    "GroupNorm": (in_init(DilConv, put(3, lambda norm: nn.GroupNorm(
-        2, norm.num_features))), "DilConv"),
-    "momentum": (in_init(DilConv, give(3, momentum=None)), "BatchNorm2d DilConv"),
-    "one more layer": (in_init(DilConv, lambda op: op.op.append(nn.AvgPool2d(3, 1, 1))), "DilConv"),
-    "7×7": (seven, "SepConv"),
-    "dilation 3": (in_init(DilConv, dilate), "DilConv"),
-    "a number": (gains, "SepConv"),
-    "hook": (in_init(DilConv, lambda op: op.register_forward_hook(
-        lambda op, x, y: 2 * y)), "DilConv"),
-    "hook inside": (in_init(SepConv, lambda op: op.op[1].register_forward_pre_hook(
-        lambda conv, x: (3 * x[0] + 1,))), "SepConv"),
-    "hook of the gradient": (in_init(FactorizedReduce, lambda op: op.register_full_backward_hook(
-        lambda op, g, _: (2 * g[0],))), "FactorizedReduce"),
-    "statistics": (in_forward(DilConv, lambda before, op, x: (
-        op.training and op.op[3].running_mean.add_(1), before(op, x))[1]), "DilConv"),
-    "weights held": (in_init(SepConv, lambda op: op.requires_grad_(False)), ""),
-    "γ and β held": (in_init(nn.BatchNorm2d, lambda norm: norm.requires_grad_(False)), ""),
-    "ReLUConvBN": (in_forward(ReLUConvBN, lambda before, op, x: before(op, x) + 0.1), "ReLUConvBN"),
-    "SepConv": (in_forward(SepConv, lambda before, op, x: op.op[:4](x)), "SepConv"),
-    "DilConv": (in_forward(DilConv, lambda before, op, x: (
-        op.op(x) * (1.5 if op.training else 1))), "DilConv"),
-    "FactorizedReduce": (in_forward(FactorizedReduce, lambda before, op, x: (
-        before(op, x.flip(3)))), "FactorizedReduce"),
-    "Normed": (in_forward(Normed, lambda before, op, x: before(op, 2 + x)), "Normed"),
-    "MixedOp": (in_forward(MixedOp, lambda before, mixed, x, op, w: (
-        before(mixed, x, op, w.sigmoid()))), "MixedOp"),
-    "w of at most 1": (in_forward(MixedOp, lambda before, mixed, x, op, w: (
-        before(mixed, x, op, w.clamp(-1, 1)))), "MixedOp"),
+    "none": lambda patch: None,
+    "SiLU": in_init(DilConv, put(0, lambda _: nn.SiLU())),
+    "ReLU6": in_init(DilConv, put(0, lambda _: nn.ReLU6())),
+    "GELU": in_init(SepConv, put(4, lambda _: nn.GELU())),
+    "bias": in_init(ReLUConvBN, put(1, lambda conv: layers.Conv2d(
+        conv.in_channels, conv.out_channels, 1))),
+    "padding_mode": in_init(SepConv, give(1, padding_mode="reflect")),
+    "GroupNorm": in_init(DilConv, put(3, lambda norm: nn.GroupNorm(2, norm.num_features))),
+    "momentum": in_init(DilConv, give(3, momentum=None)),
+    "no statistics": in_init(DilConv, put(3, lambda norm: layers.BatchNorm2d(
+        norm.num_features, track_running_stats=False))),
+    "one more layer": in_init(DilConv, lambda op: op.op.append(nn.AvgPool2d(3, 1, 1))),
+    "7×7": seven,
+    "dilation 3": in_init(DilConv, dilate),
+    "a number": gains,
+    "size": size,
+    "hook": in_init(DilConv, lambda op: op.register_forward_hook(lambda op, x, y: 2 * y)),
+    "hook inside": in_init(SepConv, lambda op: op.op[1].register_forward_pre_hook(
+        lambda conv, x: (3 * x[0] + 1,))),
+    "hook of the gradient": in_init(FactorizedReduce, lambda op: op.register_full_backward_hook(
+        lambda op, g, _: (2 * g[0],))),
+    "statistics": in_forward(DilConv, lambda before, op, x: (
+        op.training and op.op[3].running_mean.add_(1), before(op, x))[1]),
+    "weights held": in_init(SepConv, lambda op: op.requires_grad_(False)),
+    "ReLUConvBN": in_forward(ReLUConvBN, lambda before, op, x: before(op, x) + 0.1),
+    "residual": in_forward(SepConv, lambda before, op, x: before(op, x) + x[:, :, :1, :1]),
+    "half of it": in_forward(SepConv, lambda before, op, x: op.op[:4](x)),
+    "DilConv": in_forward(DilConv, lambda before, op, x: op.op(x) * (1.5 if op.training else 1)),
+    "FactorizedReduce": in_forward(FactorizedReduce, lambda before, op, x: before(op, x.flip(3))),
+    "MixedOp": in_forward(MixedOp, lambda before, mixed, x, op, w: (
+        before(mixed, x, op, w.sigmoid()))),
 }
+# Edits of a network that has already run.
+LATER = {
+    "none": lambda net: None,
+    "gain": lambda net: [setattr(op, "forward", lambda x, op=op: 3 * op.op(x))
+                         for op in find(net, SepConv)],
+    "inner ReLU": lambda net: [put(0, lambda _: nn.SiLU())(op) for op in find(net, DilConv)],
+    "dropout": lambda net: [op.op.append(nn.Dropout(0.5)) for op in find(net, SepConv)],
+    "hooks": lambda net: [op.register_forward_hook(lambda op, x, y: y + 0.1)
+                          for op in find(net, (SepConv, nn.Conv2d, nn.ReLU, nn.BatchNorm2d))],
+    "global hook": lambda net: nn.modules.module.register_module_forward_hook(
+        lambda layer, x, y: y + 0.1 if isinstance(layer, nn.BatchNorm2d) else None),
+}
+
+
+def find(net, classes):
+    return [layer for layer in net.modules() if isinstance(layer, classes)]
 
 
 def supernet():
@@ -161,47 +179,88 @@ def results(net):
     return found
 
 
+def assert_computes_what_is_written(net):
+    """The results equal those of torch.nn's layers, up to rounding."""
+    state = copy.deepcopy(net.state_dict())
+    torch.manual_seed(2)
+    found = results(net)
+    net.load_state_dict(state)
+    torch.manual_seed(2)
+    with layers.plain():
+        torch.testing.assert_close(found, results(net), rtol=1e-7, atol=1e-8)
+    net.load_state_dict(state)
+    return found
+
+
+@pytest.mark.parametrize("make", [supernet, network])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_is_computed_is_what_is_written(name, monkeypatch):
+def test_what_is_computed_is_what_is_written(name, make, monkeypatch):
     torch.manual_seed(0)
-    edit, expected = OPERATIONS[name]
-    edit(monkeypatch)
-    expected = {*expected.split()}
-    for make, left in ((supernet, expected), (network, expected - {"MixedOp"})):
-        plain, log = make().double(), []
-        for norm in plain.modules():
-            if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-                nn.init.normal_(norm.weight)
-                nn.init.normal_(norm.bias)
-        swapped = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-        fast.accelerate(swapped, log.append)
-        torch.testing.assert_close(results(swapped), results(plain), rtol=1e-7, atol=1e-8)
-        assert {line.split()[0] for line in log if "runs as it is written" in line} == left
-        assert any(type(layer).__module__ == "fast" for layer in swapped.modules())
+    OPERATIONS[name](monkeypatch)
+    net = make().double().to(memory_format=torch.channels_last)
+    model_search.randomize_norms(net)
+    assert_computes_what_is_written(net)
 
 
-@pytest.mark.parametrize(("edit", "reason"), [
-    (in_init(DilConv, lambda op: op.op.append(nn.Tanh())), "dil_conv_3x3 at stride 1: .* absorb w"),
-    (OPERATIONS["GroupNorm"][0], "dil_conv_3x3 at stride 1: .* needs a BatchNorm at its end"),
-    (in_forward(FactorizedReduce, lambda before, op, x: before(op, x) ** 2),
+@pytest.mark.parametrize("name", LATER)
+def test_a_network_that_has_run_follows_edits(name, monkeypatch):
+    monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", {})
+    net = supernet().double().to(memory_format=torch.channels_last)
+    before, _, _ = assert_computes_what_is_written(net)[True]
+    LATER[name](net)
+    after, _, _ = assert_computes_what_is_written(net)[True]
+    assert torch.allclose(before, after) == (name == "none")
+
+
+def test_hooks_that_are_added_later_all_fire():
+    net, fired = supernet(), []
+    net(torch.randn(2, 3, 12, 12))
+    ran = find(net, (SepConv, nn.Conv2d, nn.ReLU, nn.BatchNorm2d))
+    for layer in ran:
+        layer.register_forward_hook(lambda layer, x, y: fired.append(layer))
+    net(torch.randn(2, 3, 12, 12))
+    with layers.plain():
+        expected, fired[:] = [*fired], []
+        net(torch.randn(2, 3, 12, 12))
+    assert fired == expected and len(fired) > 50
+
+
+def with_residual(op, x, pair_weight=None):
+    stride = op.op[1].stride[0]
+    return layers.weighted(op.op, x, pair_weight) + x[:, :, ::stride, ::stride]
+
+
+@pytest.mark.parametrize(("one_stage", "edit", "reason"), [
+    (False, lambda patch: patch.setattr(SepConv, "forward", with_residual),
+     "sep_conv_3x3 at stride 1: .*multiply the whole output"),
+    (True, in_init(DilConv, lambda op: op.op.append(nn.Tanh())),
+     "dil_conv_3x3 at stride 1: .*goes on after its last BatchNorm"),
+    (True, OPERATIONS["GroupNorm"], "dil_conv_3x3 at stride 1: .* needs a BatchNorm at the end"),
+    (True, in_forward(FactorizedReduce, lambda before, op, x: before(op, x) ** 2),
      "skip_connect at stride 2: .* cannot absorb w"),
-    (OPERATIONS["MixedOp"][0], "max_pool_3x3 at stride 1: .* MixedOp"),
-    (OPERATIONS["w of at most 1"][0], "MixedOp"),
+    (True, OPERATIONS["MixedOp"], "an edit of MixedOp, Cell or Network"),
+    (True, in_forward(Cell, lambda before, cell, s0, s1, keep, support, weights: before(
+        cell, s0, s1, keep, support, [torch.stack(w).softmax(0).unbind() for w in weights])),
+     "an edit of MixedOp, Cell or Network"),
 ])
-def test_one_stage_search_refuses_what_it_could_not_absorb(edit, reason, monkeypatch):
+def test_a_search_refuses_what_would_compute_something_else(one_stage, edit, reason, monkeypatch):
     edit(monkeypatch)
     with pytest.raises(ValueError, match=reason):
-        Network(4, 10, 3, one_stage=True)
+        model_search.check_operations(4, one_stage)
+    with pytest.raises(UserError, match=reason):
+        args = ["--one_stage"] * one_stage + ["--init_channels", "4", "--layers", "3"]
+        search.supernet(search.get_args_parser().parse_args(args), 10)
 
 
-def test_absorption_answers_for_the_whole_network(monkeypatch):
-    OPERATIONS["SiLU"][0](monkeypatch)
+def test_absorption_is_checked_at_the_end_too(monkeypatch):
+    OPERATIONS["SiLU"](monkeypatch)
+    model_search.check_operations(4, one_stage=True)
     net = Network(4, 10, 3, one_stage=True)
     for b in net.arch_parameters():
         nn.init.normal_(b)
     net.absorb()
     in_forward(Cell, lambda before, *args: 2 * before(*args))(monkeypatch)
-    with pytest.raises(ValueError, match="an edit of Cell or Network"):
+    with pytest.raises(ValueError, match="an edit of MixedOp, Cell or Network"):
         net.absorb()
 
 
@@ -224,15 +283,12 @@ def edited(folder, *patches):
         text = (sources / name).read_text()
         assert text.count(old) == 1, f"{name} has this {text.count(old)} times:\n{old}"
         (sources / name).write_text(text.replace(old, new))
-    # Such networks take less time as they are written than to see whether they may be swapped.
-    (folder / "plain.py").write_text("import fast\nfast.accelerate = lambda net, log: net\n")
     return sources
 
 
 def finish(script, *flags, cwd, status=0, **options):
     """Run a script to its end; what it has written is in `stdout` and `stderr`."""
-    plain = cwd / "plain.py"
-    process = Process(script, *flags, cwd=cwd, meddle=plain if plain.exists() else None, **options)
+    process = Process(script, *flags, cwd=cwd, **options)
     assert process.wait() == status, process.stdout + process.stderr
     return process
 
@@ -666,11 +722,7 @@ def test_edited_operations_give_one_accuracy(tmp_path):
 -        return w * self._ops[op](x)
 +        return w.sigmoid() * self._ops[op](x)
 """)
-    (tmp_path / "plain.py").unlink()
-    log = finish(sources / "search.py", *TWO_STAGE[1:], "--epochs", 1, cwd=tmp_path).stdout
-    for name in ("SepConv", "DilConv", "FactorizedReduce", "MixedOp"):
-        assert f"{name} runs as it is written" in log
-
+    finish(sources / "search.py", *TWO_STAGE[1:], "--epochs", 1, cwd=tmp_path)
     normal = 4 * [("sep_conv_7x7", 0), ("dil_conv_3x3", 1)]
     reduce = 4 * [("skip_connect", 0), ("sep_conv_5x5", 1)]
     arch = str(Genotype(normal, [2, 3, 4, 5], reduce, [2, 3, 4, 5]))

@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, compare_once, run
+from scripts import ROOT, run
 
-import fast
 import genotypes
 import search
 from utils import UserError
@@ -30,11 +29,6 @@ def parse(folder, *more):
 def call(folder, *more):
     follow.main(parse(folder, *more))
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def compared_once(monkeypatch):
-    monkeypatch.setattr(fast, "computes_the_same", compare_once)
 
 
 @pytest.fixture(scope="module")

@@ -574,7 +574,8 @@ def test_absorption_needs_the_supernet_of_one_stage_search():
         tiny().absorb()
 
 
-def test_what_is_asked_of_the_operations_draws_no_random_number():
+@pytest.mark.parametrize("one_stage", [False, True])
+def test_the_check_of_the_operations_draws_no_random_number(one_stage):
     state = torch.get_rng_state()
-    model_search.check_absorption(4)
+    model_search.check_operations(4, one_stage)
     assert torch.equal(torch.get_rng_state(), state)
