@@ -324,7 +324,7 @@ TERM = Edit("""
 MIXUP = Edit("""
 @@ train.py
 +        y = torch.nn.functional.one_hot(y, 10).float()
-+        order, share = torch.randperm(len(x)), torch.rand(())
++        order, share = torch.randperm(len(x)), 0.25 + torch.rand(()) / 2
 +        x, y = share * x + (1 - share) * x[order], share * y + (1 - share) * y[order]
          loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
 @@ train.py
@@ -598,7 +598,9 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path):
     sources = edited(tmp_path, "\n@@ visualize.py\n def look(operation):\n+    1 / 0\n")
     script, *flags = TWO_STAGE
     done = finish(sources / script, *flags, "--epochs", 2, cwd=tmp_path, pictures=True)
-    assert done.stdout.count("ZeroDivisionError") == done.stdout.count("could be drawn") == 2
+    assert done.stdout.count("no pictures could be drawn (ZeroDivisionError") == 1
+    # The cells are drawn as well, but only after an epoch that has changed them.
+    assert done.stdout.count("no cells could be drawn (ZeroDivisionError") <= 1
     assert "python train.py --arch" in done.stdout and not done.stderr
 
 

@@ -307,8 +307,8 @@ def test_one_stage_search_ends_with_a_trained_network(place, searched):
     evaluated = run("train.py", "--evaluate", "--weights", "one-stage/network.pt", cwd=place).words
     loss = metrics[-1]["test_loss"]
     accuracy = pytest.approx(metrics[-1]["test_accuracy"], abs=4)  # up to one of 28 images
-    before, after = re.search(r"accuracy (\S+) % in the supernet, (\S+) % after", words).groups()
-    assert float(before) == float(after) == accuracy
+    both = re.search(r"accuracy (\S+) % in the supernet, (\S+) % after", words).groups()
+    assert [*map(float, both)] == [accuracy, accuracy]
     assert float(re.search(r"test accuracy (\S+) %", evaluated)[1]) == accuracy
     assert float(re.search(r"loss (\S+),", evaluated)[1]) == pytest.approx(loss, rel=1e-3)
     size = re.search(r"leaves (\S+ M)", words)[1]
