@@ -117,8 +117,9 @@ def test_ranks_share_an_evaluation(whole, loop):
     together, silent = finish(start(*flags, cwd=folder))
     alone = run(*flags, cwd=folder)
     assert together.stdout == alone.stdout and silent.stdout == ""
-    found = re.search(r"test accuracy (\S+ %), error", alone.stdout)[1]
-    assert f"test accuracy {found}, error" in first.stdout
+    accuracies = [float(re.search(r"test accuracy (\S+) %, error", process.stdout)[1])
+                  for process in (first, alone)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=4)  # up to one of 28 images
 
 
 @pytest.mark.parametrize(("loop", "victim"), [

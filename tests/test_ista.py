@@ -141,15 +141,14 @@ def integer_problem(rng):
     return A, b, float(rng.choice([0.0, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0]))
 
 
-def test_ties_are_repaired():
+@pytest.mark.parametrize("astray", [False, True])
+def test_ties_are_repaired(astray, monkeypatch):
+    if astray:  # the path stops at once
+        monkeypatch.setattr(ista, "_path", lambda A, b, lam: (np.zeros(A.shape[1]), 1))
     rng = np.random.default_rng(3)
-    astray = 0
     for _ in range(4000):
         A, b, lam = integer_problem(rng)
         assert_solved(A, b, lam, recover(A, b, lam))
-        if lam < np.abs(A.T @ b).max():
-            astray += violation(A, b, lam, ista._path(A, b, lam)[0]) > 1e-9
-    assert astray >= 1  # else this sweep says nothing of the repair
 
 
 def test_nearly_dependent_columns():
@@ -395,7 +394,7 @@ def test_ista_descends(seed, n, log_lam):
 def test_momentum_saves_steps_where_the_dictionary_is_large():
     rng = np.random.default_rng(31)
     A, b = rng.standard_normal((60, 300)), rng.standard_normal(60)
-    lam = 0.1 * np.abs(A.T @ b).max()
+    lam = 0.03 * np.abs(A.T @ b).max()
     slow, fast = (recover(A, b, lam, solver) for solver in FIRST_ORDER)
     assert slow.converged and fast.converged and fast.n_iter < 0.85 * slow.n_iter
 

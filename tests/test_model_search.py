@@ -86,11 +86,13 @@ def test_a_seed_draws_what_it_always_drew():
     code = SparseCode()
     assert code.A[0][0, :2].tolist() == [0.9700530018065531, 0.707819864399788]
     assert code.A[3][-1, -1].item() == 0.4740951126860308
-    assert code.b[3][:2].tolist() == [0.0011933892965316772, -0.0009195213788188994]
+    # The last bit of a normal number depends on the processor.
+    b = pytest.approx([0.0011933892965316772, -0.0009195213788188994])
+    assert code.b[3][:2].tolist() == b
     torch.manual_seed(0)
     net = tiny()
     assert net.normal_code.A[0][0, :2].tolist() == [0.32725104836034624, 0.6832509054721009]
-    assert net.reduce_code.b[3][-1].item() == -0.001659997971728444
+    assert net.reduce_code.b[3][-1].item() == pytest.approx(-0.001659997971728444)
     assert net.genotype().normal[:3] == [
         ("sep_conv_3x3", 0), ("dil_conv_3x3", 1), ("max_pool_3x3", 0),
     ]
@@ -160,7 +162,7 @@ def test_weights_are_the_formula_and_their_gradient_is_the_dictionary(sparseness
         A_S = A[:, S]
         dense[S] = A_S.T @ b.detach().double() - (A_S.T @ A_S - torch.eye(len(S))) @ z[S]
         node = weights[first : first + j + 2].flatten()
-        torch.testing.assert_close(node, dense, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(node, dense, rtol=1e-9, atol=1e-9)
         for k in S:
             (grad,) = torch.autograd.grad(node[k], b, retain_graph=True)
             torch.testing.assert_close(grad, A[:, k].float())
@@ -312,16 +314,20 @@ def test_the_rule_is_asked_once_and_what_it_answers_is_what_runs(monkeypatch):
         return np.array([[(j, 6), (j + 1, 5)] for j in range(NODES)])
 
     net.freeze([False, True] + [False] * 6)
-    before = by_node(net.genotype().normal)
+    last = net.genotype()
     monkeypatch.setattr(SparseCode, "choose", last_pairs)
+    rejected = net.recover(max_params=1e-6)
+    assert calls == [*net.codes] and rejected.rejected and net.genotype() == last
     recovery = net.recover(max_params=10)
-    assert calls == [*net.codes]
+    assert calls == 2 * [*net.codes] and not recovery.rejected
     normal, reduce = (by_node(getattr(net.genotype(), cell)) for cell in ("normal", "reduce"))
     chosen = [[("dil_conv_5x5", j), ("dil_conv_3x3", j + 1)] for j in range(NODES)]
     assert reduce == chosen
-    assert normal == [chosen[0], before[1], *chosen[2:]], "a frozen node keeps its support"
+    kept = by_node(last.normal)[1]
+    assert normal == [chosen[0], kept, *chosen[2:]], "a frozen node keeps its support"
     plain = model.NetworkCIFAR(4, 10, 3, False, net.genotype(), True)
-    assert recovery.parameters == sum(p.numel() for p in plain.parameters())
+    size = sum(p.numel() for p in plain.parameters())
+    assert rejected.parameters == recovery.parameters == size
     x = torch.randn(2, 3, 16, 16)
     expected = net.eval()(x)[0]
     json.dumps(net.describe())
