@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import scripts
 import torch
 from scripts import (
     GPU,
+    ONE_STAGE,
     ROOT,
     TRAIN,
     TWO_STAGE,
@@ -204,7 +206,7 @@ def test_what_is_computed_is_what_is_written(name, make, monkeypatch):
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_network_that_has_run_follows_edits(name, monkeypatch):
-    monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", {})
+    monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", OrderedDict())
     net = supernet().double().to(memory_format=torch.channels_last)
     before, _, _ = assert_computes_what_is_written(net)[True]
     LATER[name](net)
@@ -296,17 +298,17 @@ def finish(script, *flags, cwd, status=0, **options):
 class Run:
     """A run of two epochs; and the last once more, from what an end in it would leave."""
 
-    def __init__(self, sources, script, *flags, pictures=False):
+    def __init__(self, sources, script, *flags, pictures=False, launcher=()):
         parent = sources.parent
         self.folder, again = parent / "run", parent / "again"
         self.log = finish(sources / script, "--epochs", 2, *flags, "--save", "run", cwd=parent,
-                          pictures=pictures).stdout
+                          pictures=pictures, launcher=launcher).stdout
         again.mkdir()
         for name in ("config.json", "metrics.jsonl", "genotypes.jsonl"):
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, again)
         shutil.copy(self.folder / "checkpoint-previous.pt", again / "checkpoint.pt")
-        finish(sources / script, "--resume", "again", cwd=parent)
+        finish(sources / script, "--resume", "again", cwd=parent, launcher=launcher)
         assert_same_run(self.folder, again)
 
         self.rows = rows(self.folder / "metrics.jsonl")
@@ -433,10 +435,10 @@ AVERAGE = Edit("""
      epoch, best = 0, 0.0
 +    average = torch.optim.swa_utils.AveragedModel(net)
 @@ train.py
-         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
+         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
 +        average.load_state_dict(checkpoint["average"])
 @@ train.py
-             row |= train_epoch(parallel, batches, optimizer, run, graphs)
+             row |= train_epoch(parallel, batches, optimizer, run, graphs_enabled)
 +            average.update_parameters(net)
 @@ train.py
          run.save_checkpoint(
@@ -470,7 +472,7 @@ BLACK = Edit("""
 
 STEM = Edit("""
 @@ model.py
--                nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C)
+-                Conv2d(3, 3 * C, 3, padding=1, bias=False), BatchNorm2d(3 * C)
 +                nn.Conv2d(3, 2 * C, 3, padding=1), nn.PReLU(), nn.Conv2d(2 * C, 3 * C, 1)
 """, lambda run: run.weights["stem.2.weight"].shape == (6, 4, 1, 1))
 
@@ -509,12 +511,204 @@ def test_an_augmentation_that_imagenet_lacks_is_refused_by_name(tmp_path):
     finish(*command, "--erase", 0, cwd=tmp_path)
 
 
-LAST_STEP = """
+# ------------------------------------------------------------------------------------------------
+# Edits that CUDA graphs have to follow
+# ------------------------------------------------------------------------------------------------
+
+DROPOUT = Edit("""
+@@ operations.py
+-from torch import nn
++import torch
++import torch.nn.functional as F
++from torch import nn
+@@ operations.py
+-class SepConv(nn.Module):
++RATE = 0.0
++
++
++class SepConv(nn.Module):
+@@ operations.py
+             Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
+             Conv2d(C, C, 1, bias=False),
+             BatchNorm2d(C, affine=affine),
+         )
++        self.register_buffer("rate", torch.zeros(()), persistent=False)
+ 
+     def forward(self, x, pair_weight=None):
++        self.rate.fill_(RATE)
++        x = F.dropout(x, RATE, self.training)
+@@ train.py
+ import model
++import operations
+ import utils
+@@ train.py
+         epoch += 1
++        operations.RATE = 0.25 * (epoch - 1)
+@@ train.py
+             row["best_accuracy"] = best
++            row["rate"] = next(m.rate for m in net.modules() if hasattr(m, "rate"))
+""", lambda run: [row["rate"] for row in run.rows] == [0, 0.25])
+
+SMOOTHING = Edit("""
+@@ train.py
+         epoch += 1
++        args.label_smoothing = 0.3 * epoch / args.epochs
+""", lambda run: run.last["args"]["label_smoothing"] == 0.3)
+
+
+def has_kept_losses(run):
+    for row in run.rows:
+        assert len({*row["losses"]}) == len(row["losses"])
+        assert sum(row["losses"]) / len(row["losses"]) == pytest.approx(row["train_loss"], 0.01)
+    return True
+
+
+LOSSES = Edit("""
+@@ train.py
+-def train_step(net, x, y, optimizer, args):
++LOSSES = []  # of all epochs
++
++
++def train_step(net, x, y, optimizer, args):
+@@ train.py
+         loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
++        LOSSES.append(loss)
+@@ train.py
+-    return utils.named(meter.read(), "train")
++    losses = torch.stack(LOSSES[-len(batches):])
++    return utils.named(meter.read(), "train") | {"losses": losses}
+""", has_kept_losses)
+
+SCHEDULER = Edit("""
+@@ train.py
+-        utils.set_learning_rate(optimizer, factor)
+@@ train.py
+     checkpoints.record_built_numbers(optimizer)
++    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+@@ train.py
+         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
++        scheduler.load_state_dict(checkpoint["scheduler"])
+@@ train.py
+             row["best_accuracy"] = best
++            row["rate"] = float(optimizer.param_groups[0]["lr"])
++        scheduler.step()
+@@ train.py
+         run.save_checkpoint(
++            scheduler=scheduler.state_dict(),
+""", lambda run: [row["rate"] for row in run.rows] == pytest.approx([0.025, 0.0125]))
+
+RECALIBRATION = Edit("""
+@@ train.py
+             row |= train_epoch(parallel, batches, optimizer, run, graphs_enabled)
++            torch.optim.swa_utils.update_bn(batches, net)
+""", lambda run: run.weights["stem.1.num_batches_tracked"] == 9)  # batches of an epoch
+
+OTHER_BATCH = Edit("""
+@@ search.py
+-    arch_batches = arch_images and arch_images.batches(args.batch_size, **training)
++    arch_batches = arch_images and arch_images.batches(args.batch_size // 2, **training)
+""", lambda run: True)
+
+UNROLLED = Edit("""
+@@ search.py
+-def arch_step(net, x, y, weight_optimizer, arch_optimizer, args):
++def arch_step(net, x, y, x_train, y_train, weight_optimizer, arch_optimizer, args):
+@@ search.py
+-    with utils.held(weight_optimizer):
+-        with speedups.autocast(net, x.device, args.amp):
+-            logits, logits_aux = net(x)
+-        loss, total = utils.criterion(logits, logits_aux, y, args)
+-        arch_optimizer.zero_grad()
+-        total.backward()
++    weights = {name: p for name, p in net.named_parameters() if "_code." not in name}
++    loss, _ = utils.criterion(net(x_train)[0], None, y_train, args)
++    grads = torch.autograd.grad(loss, weights.values(), create_graph=True, allow_unused=True)
++    weights = {name: p if g is None else p - 0.1 * g
++               for (name, p), g in zip(weights.items(), grads, strict=True)}
++    logits, _ = torch.func.functional_call(net, weights, (x,))
++    loss, _ = utils.criterion(logits, None, y, args)
++    arch_optimizer.zero_grad()
++    loss.backward(inputs=net.arch_parameters())
+@@ search.py
+-        loss, logits = graphs.run(arch_step, plain, x_arch, y_arch, *moved)
++        loss, logits = graphs.run(arch_step, plain, x_arch, y_arch, x, y, *moved)
+""", lambda run: True, ("--train_portion", 0.7))
+
+AVERAGED_SUPERNET = Edit("""
+@@ search.py
+     run.begin(device, columns(args, measured_name))
++    average = torch.optim.swa_utils.AveragedModel(net)
++    if checkpoint:
++        average.load_state_dict(checkpoint["average"])
+@@ search.py
+             row["changed"] = len(genotypes.moved(before, net.genotype()))
++            average.update_parameters(net)
++            row["average_loss"], _ = utils.evaluate(average.module, measured_batches)
++            row["is_same"] = average.module.genotype() == net.genotype()
+@@ search.py
+         run.save_checkpoint(
++            average=average.state_dict(),
+""", lambda run: all(row["is_same"] for row in run.rows))
+
+BUFFER = Edit("""
+@@ operations.py
+-from torch import nn
++import torch
++from torch import nn
+@@ operations.py
+             Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
+             Conv2d(C, C, 1, bias=False),
+             BatchNorm2d(C, affine=affine),
+         )
++        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+ 
+     def forward(self, x, pair_weight=None):
+-        return weighted(self.op, x, pair_weight)
++        return weighted(self.op, self.scale * x, pair_weight)
+""", lambda run: (run.folder / "network.pt").exists())
+
+CAPTURES = """
+@@ harness/cuda_graphs.py
+         leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
++        print("capture of", self.step.__name__)
+"""
+NULL_GPU = pytest.param(GPU, id="null GPU", marks=[pytest.mark.cuda, needs_null_gpu])
+ONE_EPOCH = [*ONE_STAGE, "--epochs", 1, "--max_search_epochs", 1]
+
+
+@pytest.mark.parametrize("launcher", [pytest.param((), id="CPU"), NULL_GPU])
+@pytest.mark.parametrize(("command", "edits"), [
+    pytest.param([*TRAIN, "--drop_path_prob", 0], [DROPOUT], id="dropout"),
+    pytest.param([*TRAIN, "--drop_path_prob", 0], [SMOOTHING, LOSSES, RECALIBRATION],
+                 id="smoothing, losses, momentum"),
+    pytest.param([*TRAIN, "--drop_path_prob", 0], [SCHEDULER], id="scheduler"),
+    pytest.param(TWO_STAGE, [OTHER_BATCH, AVERAGED_SUPERNET], id="batch size, average"),
+    pytest.param(TWO_STAGE, [UNROLLED], id="second order"),
+    pytest.param(ONE_EPOCH, [BUFFER], id="buffer"),
+])
+def test_an_edit_has_its_effect_in_graphs_too(command, edits, launcher, tmp_path):
+    script, *flags = [*command, "--batch_size", 160, *(f for edit in edits for f in edit.flags)]
+    sources = edited(tmp_path, *(edit.patch for edit in edits), CAPTURES)
+    run = Run(sources, script, *flags, launcher=launcher)
+    for edit in edits:
+        assert edit.effect(run)
+    if not launcher:
+        return
+    steps = re.findall(r"capture of (\w+)", run.log)
+    assert steps and all(steps.count(step) == 2 for step in steps), "one in each epoch"
+    assert "captured" not in run.log
+    finish(sources / script, "--epochs", 2, *flags, "--no-cuda_graphs", "--save", "eager",
+           cwd=tmp_path, launcher=launcher)
+    if edits != [DROPOUT]:  # the null GPU draws other random numbers in a graph
+        assert rows(tmp_path / "eager/metrics.jsonl") == run.rows
+
+
+EACH_STEP = """
 @@ train.py
          loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
 +        {}
 """
-LAST_LOSS = """
+LOSS_OF_STEP = """
 @@ utils.py
      if logits_aux is None:
 -        return loss, loss
@@ -522,35 +716,69 @@ LAST_LOSS = """
 """
 
 
-@pytest.mark.parametrize("patch, records, same", [
-    pytest.param(LAST_STEP.format('optimizer.param_groups[0]["lr"] *= 0.9'), 1, True, id="rate"),
+@pytest.mark.parametrize("patch, captures, same, line", [
+    pytest.param(EACH_STEP.format('optimizer.param_groups[0]["lr"] *= 0.9'), 2, True, None,
+                 id="a rate of each step"),
+    pytest.param(EACH_STEP.format('optimizer.param_groups[0]["momentum"] *= 0.9'), 0, True,
+                 "momentum of group 0 of SGD changes", id="a momentum of each step"),
+    pytest.param(LOSS_OF_STEP.format("loss * random.random()"), 2, False, None, id="a constant"),
+    pytest.param(LOSS_OF_STEP.format("loss * (loss.item() < 100)"), 2, True,
+                 "train_step cannot be captured", id="a question to the device"),
     pytest.param("""
 @@ train.py
-         epoch += 1
-+        optimizer.param_groups[0]["momentum"] = 0.4 * epoch
-""", 2, True, id="number in a group"),
-    pytest.param(LAST_LOSS.format("loss * random.random()"), 1, False, id="constant"),
-    pytest.param(LAST_LOSS.format("loss * (loss.item() < 100)"), 1, True, id="asks the device"),
+     optimizer.step()
++    x.mul_(2)
+     return loss.detach(), logits.detach()
+""", 2, True, "it writes into a tensor that it is given", id="a write into an input"),
+    pytest.param("""
+@@ train.py
+     parallel = distributed.data_parallel(net, [*net.parameters()], static=True)
++    net.stem.register_forward_hook(lambda *_: print("fired"))
+""", 0, True, "modules of the network have hooks", id="hooks"),
 ])
 @pytest.mark.cuda
 @needs_null_gpu
-def test_graphs_of_edited_steps(patch, records, same, tmp_path):
-    """What is recorded how often, and whether that is what runs without graphs."""
-    sources = edited(tmp_path, patch, """
-@@ utils.py
-     def make(self, step, args, pool):
-+        print("recording")
-""")
+def test_graphs_of_edited_steps(patch, captures, same, line, tmp_path):
+    """What is captured how often, and whether that is what runs without graphs."""
+    sources = edited(tmp_path, patch, CAPTURES)
     flags = [*TRAIN[1:], "--no-auxiliary", "--batch_size", 160, "--epochs", 2,
              "--drop_path_prob", 0]
     for name, more in ("eager", ["--no-cuda_graphs"]), ("graphs", []):
         done = finish(sources / "train.py", *flags, *more, "--save", name, cwd=tmp_path,
                       launcher=GPU)
-    assert done.stdout.count("recording") == records
-    assert ("train_step cannot be recorded as a CUDA graph" in " ".join(done.stdout.split())) == (
-        ".item()" in patch)
+    assert done.stdout.count("capture of") == captures
+    words = " ".join(done.stdout.split())
+    assert words.count("warning") == (line is not None) and (line or "") in words
+    assert done.stdout.count("fired") in (0, 2 * (9 + 1) + 1)  # batches of training and of tests
     eager, graphs = (rows(tmp_path / name / "metrics.jsonl") for name in ("eager", "graphs"))
     assert (eager == graphs) == same
+
+
+def test_numbers_that_the_code_changes_between_a_stop_and_a_resumption(tmp_path):
+    script, *flags = TWO_STAGE
+    finish(ROOT / script, *flags, "--epochs", 1, "--save", "run", cwd=tmp_path)
+    first = saved(tmp_path / "run/checkpoint.pt")
+    sources = edited(tmp_path, """
+@@ search.py
+-        net.weight_parameters(), args.learning_rate, args.momentum, args.weight_decay
++        net.weight_parameters(), 0.05, 0.8, args.weight_decay
+@@ search.py
+-        net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
++        net.arch_parameters(), args.arch_learning_rate, betas=(0.9, 0.999), eps=1e-6,
+""")
+    resumed = finish(sources / script, "--resume", "run", "--epochs", 2, cwd=tmp_path).stdout
+    lines = [line for line in resumed.splitlines() if "because the code has changed" in line]
+    assert [line.split(" from here")[0] for line in lines] == [
+        "SGD: lr is 0.05", "SGD: momentum is 0.8", "Adam: betas is (0.9, 0.999)",
+        "Adam: eps is 1e-06",
+    ]
+    last = saved(tmp_path / "run/checkpoint.pt")
+    sgd, adam = (last[name]["param_groups"][0] for name in ("weight_optimizer", "arch_optimizer"))
+    assert sgd["momentum"] == 0.8 and adam["betas"] == (0.9, 0.999) and adam["eps"] == 1e-6
+    assert sgd["initial_lr"] == 0.05 and sgd["lr"] == pytest.approx(0.05 * 1.01 / 2)
+    assert sgd["weight_decay"] == first["weight_optimizer"]["param_groups"][0]["weight_decay"]
+    again = finish(sources / script, "--resume", "run", "--epochs", 3, cwd=tmp_path).stdout
+    assert "because the code has changed" not in again
 
 
 # ------------------------------------------------------------------------------------------------
@@ -689,22 +917,22 @@ def test_edited_operations_give_one_accuracy(tmp_path):
  OPS = {
 +    "sep_conv_7x7": lambda C, stride, affine: SepConv(C, 7, stride, affine),
 @@ operations.py
--            nn.ReLU(),
+-            ReLU(),
 +            nn.SiLU(),
-             nn.Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
--            nn.Conv2d(C, C, 1, bias=False),
--            nn.BatchNorm2d(C, affine=affine),
-+            nn.Conv2d(C, C, 1),
+             Conv2d(C, C, kernel_size, stride, padding, dilation=2, groups=C, bias=False),
+-            Conv2d(C, C, 1, bias=False),
+-            BatchNorm2d(C, affine=affine),
++            Conv2d(C, C, 1),
 +            nn.GroupNorm(1, C),
 @@ operations.py
--            nn.ReLU(),
+-            ReLU(),
 +            nn.GELU(),
-             nn.Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
+             Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
 @@ operations.py
-         x = self.relu(x)
-+        x = x.sigmoid()
+-        even, odd = diagonals(self.relu(x))                           # (B, C_in, H/2, W/2)
++        even, odd = diagonals(self.relu(x).sigmoid())
 @@ model_search.py
--        return w * self._ops[op](x)
+-        return weighted(self._ops[op], x, w)
 +        return w.sigmoid() * self._ops[op](x)
 """)
     finish(sources / "search.py", *TWO_STAGE[1:], "--epochs", 1, cwd=tmp_path)
