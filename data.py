@@ -122,9 +122,9 @@ def augment(
 
     The distribution is that of DARTS' CIFAR transforms: the image is surrounded by 4 black
     pixels and a window of its own size is cut out at one of 9 x 9 places, mirrored with
-    probability 1/2, normalised; then the square of rows ``cy - length // 2`` up to, not with,
-    ``cy + length // 2`` (columns likewise) is set to 0 as far as it lies inside the image, its
-    centre uniform over the pixels (DeVries and Taylor, arXiv 1708.04552).
+    probability 1/2, normalised; then the square of ``length`` rows from ``cy - length // 2`` on
+    (columns likewise) is set to 0 as far as it lies inside the image, with (cy, cx) uniform over
+    the pixels (DeVries and Taylor, arXiv 1708.04552).
 
     ``x``, uint8 (B, C, H, W), is this rank's share of a batch of ``world_size * B`` images. The
     random numbers of the whole batch are drawn on every rank, so that generators in one state stay
@@ -150,9 +150,10 @@ def augment(
     x = normalize(x, mean, std, memory_format)
 
     if cutout_length:
-        cy, cx, half = randint(H)[0], randint(W)[0], cutout_length // 2
-        rows_kept = (row_centre - cy).abs() >= half  # (B, H)
-        columns_kept = (column_centre - cx).abs() >= half  # (B, W)
+        cy, cx = randint(H)[0], randint(W)[0]
+        half, shift = cutout_length / 2, cutout_length % 2 / 2  # an odd square is around a pixel
+        rows_kept = (row_centre - shift - cy).abs() >= half  # (B, H)
+        columns_kept = (column_centre - shift - cx).abs() >= half  # (B, W)
         x.mul_(rows_kept[:, None, :, None] | columns_kept[:, None, None, :])
     return x
 

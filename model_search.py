@@ -420,7 +420,7 @@ class Network(Skeleton):
         codes, last, lam_max, not_converged = zip(*solved, strict=True)
         supports = [code.choose_unfrozen(z) for code, z in zip(self.codes, codes, strict=True)]
         if share:
-            codes, supports = share((codes, supports))
+            codes, supports, lam_max = share((codes, supports, lam_max))
 
         nodes = zip(_joined(codes), _joined(last), strict=True)
         distance = [float(np.linalg.norm(z - old)) for z, old in nodes]

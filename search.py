@@ -62,7 +62,9 @@ def main(args):
     options = dict(distributed.place(), generator=generator, memory_format=memory_format)
     training = dict(options, train=True, cutout_length=args.cutout_length if args.cutout else 0)
     batches = weight_images.batches(args.batch_size, **training)
-    arch_batches = arch_images and arch_images.batches(args.batch_size, **training)
+    arch_batches = None
+    if arch_images is not None:
+        arch_batches = arch_images.batches(args.batch_size, **training)
     measured_batches = measured_images.batches(
         utils.evaluation_batch(args, device), train=False, **options
     )
@@ -84,14 +86,13 @@ def main(args):
     # A one-stage search is searching, at a constant learning rate, until all nodes are frozen; then
     # it is training, along the schedule of --epochs. A two-stage search follows that all along.
     epoch, phase, trained, row = 0, "searching" if args.one_stage else "training", 0, {}
-    share = distributed.from_rank_zero  # of what ranks compute, and rounding could part
     if checkpoint:
         epoch, phase, trained, row = (checkpoint[k] for k in ("epoch", "phase", "trained", "row"))
         checkpoints.load_optimizer(weight_optimizer, checkpoint["weight_optimizer"], run.log)
         checkpoints.load_optimizer(arch_optimizer, checkpoint["arch_optimizer"], run.log)
         checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     else:  # the first codes, and what runs in epoch 1
-        report(run, net.recover(args.solver, share=share)._asdict(), epoch)
+        report(run, recover(net, args), epoch)
     run.begin(device, columns(args, measured_name))
     parallel = distributed.data_parallel(net, net.weight_parameters(), static=all(net.frozen))
 
@@ -118,9 +119,9 @@ def main(args):
 
             # The architecture of the next epoch; what was measured is that of this one.
             if phase == "searching":
-                row |= net.recover(args.solver, args.freeze_tol, args.max_params, share)._asdict()
+                row |= recover(net, args, freeze_tol=args.freeze_tol, max_params=args.max_params)
             elif not args.one_stage and (args.recover_every == "epoch" or trained == args.epochs):
-                row |= net.recover(args.solver, share=share)._asdict()
+                row |= recover(net, args)
             row["changed"] = len(genotypes.moved(before, net.genotype()))
         report(run, row, epoch)
         announce(run, before, net.genotype(), epoch)
@@ -207,7 +208,7 @@ def two_stage_epoch(
         meter.add(loss, logits, y)
         steps += 1
         if args.recover_every != "epoch" and steps % args.recover_every == 0:
-            recovered = plain.recover(args.solver, share=distributed.from_rank_zero)._asdict()
+            recovered = recover(plain, args)
         run.progress.step(meter)
     distributed.average_statistics(plain)
     return utils.named(meter.read(), "train") | utils.named(arch_meter.read(), "arch") | recovered
@@ -259,7 +260,7 @@ def load_images(run, device):
                 "others b; valid loss and accuracy are those of the images of b, not augmented")
     published = published_setting(vars(args))
     if not run.checkpoint:
-        smallest = min(len(part) for part in parts[:2] if part)
+        smallest = min(len(part) for part in parts[:2] if part is not None)
         flags.fit_to_data(args, smallest, published, distributed.world_size(), run.log)
     run.log(f"device: {device}")
     if args.layers < 3:
@@ -309,6 +310,14 @@ def columns(args, name):
 # ------------------------------------------------------------------------------------------------
 # Between epochs
 # ------------------------------------------------------------------------------------------------
+
+
+def recover(net, args, **limits):
+    """Recover the codes from b; returns what `model_search.Recovery` holds, as a dict."""
+    if not all(b.isfinite().all() for b in net.arch_parameters()):
+        raise utils.Diverged("a point b is not finite")
+    # Use rank 0's codes on all ranks, because rounding may differ.
+    return net.recover(args.solver, share=distributed.from_rank_zero, **limits)._asdict()
 
 
 def schedule(args, epoch, phase, trained):
@@ -438,7 +447,7 @@ def finish(run, net, images, measured_batches, row):
                      **run.describe(images))
     run.log("the trained network is in network.pt; to measure it, and to train it further:")
     weights = shlex.quote(run.file("network.pt"))
-    run.log(f"    python train.py --evaluate --weights {weights}", whole=True)
+    run.log(f"    python train.py --evaluate --weights {weights}{' --amp' * args.amp}", whole=True)
     run.log(f"    python train.py --weights {weights}{flags.cutout_flag(args)}", whole=True)
 
 

@@ -84,7 +84,7 @@ def main(args):
     )
     checkpoints.record_built_numbers(optimizer)
     graphs_enabled = use_graphs(args.cuda_graphs, device)
-    epoch, best = 0, 0.0
+    epoch, best = 0, -1.0
     if checkpoint:
         epoch, best = checkpoint["epoch"], checkpoint["best"]
         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
@@ -126,7 +126,7 @@ def main(args):
             "the best one (network-best.pt)")
     run.log("to measure the network again:")
     weights = shlex.quote(run.file("network.pt"))
-    run.log(f"    python train.py --evaluate --weights {weights}", whole=True)
+    run.log(f"    python train.py --evaluate --weights {weights}{' --amp' * args.amp}", whole=True)
 
 
 def train_step(net, x, y, optimizer, args):

@@ -40,14 +40,13 @@ def writing(path):
         raise UserError(f"{path} could not be written: {error.strerror}") from None
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Open a temporary binary file that takes the place of `path` once it is whole on the disk."""
+def write_file(path, content):
+    """Write bytes into a file, which is replaced in one step once they are on the disk."""
     partial = f"{path}.partial"
     try:
         with writing(path):
             with open(partial, "wb") as file:
-                yield file
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

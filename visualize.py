@@ -12,6 +12,7 @@ can be drawn too. Pictures are drawn anew each time, over those that are there.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 import genotypes
 from genotypes import NODES, PRIMITIVES, by_node
 from harness import flags
-from utils import UserError, replacing
+from utils import UserError, write_file
 
 WIDTH, COLUMN = 6.9, 3.35  # inches: a page, and a column of a paper
 CELLS = {"normal": "normal cell", "reduce": "reduction cell"}
@@ -602,8 +603,9 @@ def save(figure, path):
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     if ending not in undated:
         raise UserError(f"{path}: a picture ends in {', '.join(undated)}")
-    with replacing(path) as file:
-        figure.savefig(file, format=ending[1:], metadata=undated[ending])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending[1:], metadata=undated[ending])
+    write_file(path, buffer.getbuffer())
 
 
 def draw_run(run_dir, output=None, name=None, stacked=False):

@@ -602,8 +602,8 @@ def main():
 
     def write():  # after each figure, because the script may be cut off
         if args.out:
-            with utils.replacing(args.out) as file:
-                file.write(json.dumps({"machine": about, "figures": table.rows}, indent=1).encode())
+            figures = {"machine": about, "figures": table.rows}
+            utils.write_file(args.out, json.dumps(figures, indent=1).encode())
 
     if device.type == "cuda":
         for row in measure_cuda(device, args):

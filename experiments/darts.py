@@ -277,8 +277,8 @@ def read(path, plain):
 def write(args, genotype, rows, history):
     """The files that others read, made anew from what the checkpoint holds."""
     for name, lines in (("metrics.jsonl", rows), ("genotypes.jsonl", history)):
-        with utils.replacing(os.path.join(args.save, name)) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        utils.write_file(os.path.join(args.save, name), text.encode())
     method = "DARTS, first order" if args.partial == 1 else f"PC-DARTS, 1/{args.partial}"
     genotypes.save(os.path.join(args.save, "genotype.json"), genotype, one_stage=False,
                    method=method, seed=args.seed, dataset=args.dataset, result=rows[-1])

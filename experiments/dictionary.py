@@ -41,6 +41,7 @@ same seed, so the same merits and, if m is the same, the same first b. The table
                at its least this loss is the sum of v² over the pairs that do not run.
 """
 
+import io
 import json
 import os
 import sys
@@ -54,7 +55,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import ista
 from harness import flags
-from utils import UserError, replacing
+from utils import UserError, write_file
 
 EPOCH = 98  # steps: half of CIFAR-10's training images in batches of 256
 RATE, BETAS, DECAY, EPSILON = 6e-4, (0.5, 0.999), 1e-3, 1e-8  # of Adam
@@ -357,11 +358,11 @@ def main(args):
             done[table][name] = {"setting": setting._asdict(), **row}
         print(flush=True)
         if args.out:  # after each table, for the next one may take minutes
-            with replacing(args.out) as file:
-                file.write(json.dumps(done).encode())
+            write_file(args.out, json.dumps(done).encode())
     if args.picture:
-        with replacing(args.picture) as file:
-            picture(done["searches"]).savefig(file, format="png", metadata={"Software": None})
+        png = io.BytesIO()
+        picture(done["searches"]).savefig(png, format="png", metadata={"Software": None})
+        write_file(args.picture, png.getbuffer())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import random
-import shutil
 import textwrap
 import zipfile
 
@@ -18,7 +17,7 @@ import torch
 import genotypes
 import utils
 from harness import distributed
-from utils import UserError, replacing
+from utils import UserError, write_file
 
 
 def save(path, state, keep_last=False):
@@ -28,11 +27,10 @@ def save(path, state, keep_last=False):
     """
     buffer = io.BytesIO()  # torch.save's own writer does not tell a full disk from a bug
     torch.save(state, buffer)
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
-        if keep_last and os.path.exists(path):
-            with replacing(previous(path)) as other, open(path, "rb") as last:
-                shutil.copyfileobj(last, other)
+    if keep_last and os.path.exists(path):
+        with open(path, "rb") as last:
+            write_file(previous(path), last.read())
+    write_file(path, buffer.getbuffer())
 
 
 def previous(path):

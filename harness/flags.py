@@ -168,7 +168,8 @@ def add_shared(parser, datasets):
         help="weight of the auxiliary head's loss")
     group.add_argument(
         "--drop_path_prob", type=real(0, 1), metavar="P",
-        help="probability of dropping an operation for an image, reached at the last epoch")
+        help="probability P of dropping an operation for an image: it rises from 0 in the first "
+        "epoch to P (E - 1) / E in the last of E epochs")
     group.add_argument(
         "--label_smoothing", type=real(0, 1), metavar="P",
         help="part of each label that is spread over all classes")

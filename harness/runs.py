@@ -5,6 +5,7 @@
               metrics.jsonl     the numbers of each epoch, one JSON object a line
               genotype.json     of a search: the current one; genotypes.jsonl: that of each epoch
               checkpoint.pt     all that is needed to go on; checkpoint-previous.pt: an epoch before
+              lock              locked by the process that writes the run
               network.pt        a trained network
               tensorboard/      events; scripts/: the sources that made the run
 """
@@ -33,7 +34,7 @@ import genotypes
 import ista
 from harness import checkpoints, distributed, flags
 from harness.distributed import rank_zero_only
-from utils import Diverged, UserError, is_out_of_memory, peak_memory, replacing, writing
+from utils import Diverged, UserError, is_out_of_memory, peak_memory, write_file, writing
 
 try:
     import fcntl
@@ -202,14 +203,17 @@ class Run:
             raise UserError(
                 f"--save {path} exists already and is not overwritten: choose another folder"
             )
-        with replacing(os.path.join(name, "config.json")) as file:
-            file.write(json.dumps(saved(args), indent=1).encode())
+        write_file(os.path.join(name, "config.json"), json.dumps(saved(args), indent=1).encode())
         return name
 
     def _claim(self, path):
-        """Refuse a folder that another process is writing to; a claim ends as `command` does."""
-        with contextlib.suppress(OSError):  # no such file, or a file system without locks
-            self.claimed = open(os.path.join(path, "config.json"), "r+b")
+        """Refuse a folder that another process is writing to; a claim ends as `command` does.
+
+        A POSIX lock ends when its process closes any descriptor of the file, so nothing else may
+        open this one.
+        """
+        with contextlib.suppress(OSError):  # a file system without locks
+            self.claimed = open(os.path.join(path, "lock"), "wb")
             try:
                 fcntl.lockf(self.claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -228,8 +232,7 @@ class Run:
                 with open(path, errors="replace") as file:
                     lines = [line for line in file if line.endswith("}\n")]
                 kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
-                with replacing(path) as file:
-                    file.write("".join(kept).encode())
+                write_file(path, "".join(kept).encode())
 
     @rank_zero_only
     def _keep_sources(self):

@@ -119,8 +119,9 @@ def darts_masks(size, length):
     masks = np.ones((size, size, size, size), np.float32)
     for y in range(size):
         for x in range(size):
-            y1, y2 = np.clip(y - length // 2, 0, size), np.clip(y + length // 2, 0, size)
-            x1, x2 = np.clip(x - length // 2, 0, size), np.clip(x + length // 2, 0, size)
+            half = length // 2
+            y1, y2 = np.clip([y - half, y - half + length], 0, size)
+            x1, x2 = np.clip([x - half, x - half + length], 0, size)
             masks[y, x, y1:y2, x1:x2] = 0
     return torch.from_numpy(masks).flatten(0, 1)
 

@@ -432,7 +432,7 @@ def has_averaged(run):
 
 AVERAGE = Edit("""
 @@ train.py
-     epoch, best = 0, 0.0
+     epoch, best = 0, -1.0
 +    average = torch.optim.swa_utils.AveragedModel(net)
 @@ train.py
          checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
@@ -605,8 +605,8 @@ RECALIBRATION = Edit("""
 
 OTHER_BATCH = Edit("""
 @@ search.py
--    arch_batches = arch_images and arch_images.batches(args.batch_size, **training)
-+    arch_batches = arch_images and arch_images.batches(args.batch_size // 2, **training)
+-        arch_batches = arch_images.batches(args.batch_size, **training)
++        arch_batches = arch_images.batches(args.batch_size // 2, **training)
 """, lambda run: True)
 
 UNROLLED = Edit("""

@@ -26,7 +26,7 @@ from torch import nn
 import genotypes
 import model
 from harness import checkpoints, flags, runs
-from utils import UserError, replacing
+from utils import UserError, write_file
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-5  # of a logit, relative to the largest; rounding alone makes some 6e-7
@@ -101,22 +101,21 @@ def check(args):
 
 
 def main(args):
-    with replacing(args.output) as file:  # fails at once where it cannot be written
-        source = checkpoints.read_weights(args.weights)
-        config, about = source["config"], source["about"]
-        if not about:
-            raise UserError(f"{args.weights} does not say the classes of its training: give the "
-                            "network.pt that a run has written at its end")
-        net = model.from_config(config)
-        net.load_state_dict(source["weights"])
-        about = {
-            **about, "genotype": str(genotypes.from_lists(config["genotype"])),
-            "one_stage": config["one_stage"],
-        }
-        metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-        exported = Exported(net, about["mean"], about["std"]).eval()
-        content = to_onnx(exported, about["image_size"], metadata)
-        file.write(content)
+    source = checkpoints.read_weights(args.weights)
+    config, about = source["config"], source["about"]
+    if not about:
+        raise UserError(f"{args.weights} does not say the classes of its training: give the "
+                        "network.pt that a run has written at its end")
+    net = model.from_config(config)
+    net.load_state_dict(source["weights"])
+    about = {
+        **about, "genotype": str(genotypes.from_lists(config["genotype"])),
+        "one_stage": config["one_stage"],
+    }
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    exported = Exported(net, about["mean"], about["std"]).eval()
+    content = to_onnx(exported, about["image_size"], metadata)
+    write_file(args.output, content)
     size, classes = about["image_size"], len(about["classes"])
     print(f"{args.output}: {len(content) / 1e6:.1f} MB, takes images, uint8 (N, 3, {size}, {size}),"
           f" and gives logits (N, {classes}); docs/export.md shows how to run it")
