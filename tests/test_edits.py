@@ -449,7 +449,7 @@ SELDOM = Edit("""
 @@ search.py
 -            elif not args.one_stage and (args.recover_every == "epoch" or trained == args.epochs):
 +            elif trained % 2 == 0:
-""", lambda run: ["distance" in row for row in run.rows] == [False, True])  # of a recovery
+""", lambda run: ["distance" in row for row in run.rows] == [False, True])  # after a recovery
 
 BLACK = Edit("""
 @@ data.py
@@ -883,7 +883,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path):
     script, *flags = TWO_STAGE
     done = finish(sources / script, *flags, "--epochs", 2, cwd=tmp_path, pictures=True)
     assert done.stdout.count("no pictures could be drawn (ZeroDivisionError") == 1
-    # The cells are drawn as well, but only after an epoch that has changed them.
+    # TensorBoard gets the cells too, but only after an epoch that has changed them.
     assert done.stdout.count("no cells could be drawn (ZeroDivisionError") <= 1
     assert "python train.py --arch" in done.stdout and not done.stderr
 

@@ -428,7 +428,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("way", OUTPUTS)
 def test_a_run_outlives_its_standard_output(tmp_path, way):
     (tmp_path / "meddle.py").write_text(f"import os, sys\n{OUTPUTS[way]}\n")
-    # All codes are 0 at first, and the warning about it is not in ASCII.
+    # All codes are 0 at first. The warning about this has a Greek letter.
     process = Process(*TWO_STAGE, "--lam", 1e-2, "--epochs", 1, "--save", "run", cwd=tmp_path,
                       meddle=tmp_path / "meddle.py")
     assert process.wait() == 0 and not process.stderr, process.stderr

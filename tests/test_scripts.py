@@ -95,7 +95,7 @@ def loss(done):
 
 
 def nearly(percent):
-    """The same accuracy up to rounding, which may decide the class of an image."""
+    """The same accuracy, up to an image whose class depends on rounding."""
     return pytest.approx(percent, abs=1)
 
 
@@ -515,7 +515,7 @@ def test_a_network_is_measured_with_the_mean_and_deviation_of_its_training(folde
 
 
 def test_classes_are_matched_by_name(folders):
-    """Here 7 is the second class of two, and the third of the network, which always answers 7."""
+    """Here 7 is the second class of two. The network, whose third class it is, predicts only 7."""
     place = folders
     network = saved(place / "run/network.pt")
     network["weights"]["classifier.weight"].zero_()
