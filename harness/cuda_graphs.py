@@ -48,6 +48,8 @@ class StepGraphs:
     def __init__(self, net, enabled, warn):
         self.warn, self.captured = warn, {}
         self.enabled = enabled and not any(map(layers.has_hooks, net.modules()))
+        if self.enabled:
+            torch.cuda.empty_cache()  # frees the memory pools of the last epoch's graphs
         if enabled and not self.enabled:
             warn("steps run without CUDA graphs, because modules of the network have hooks, which "
                  "do not run when a graph is replayed", "hooks")
