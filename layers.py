@@ -278,6 +278,10 @@ class Conv2d(nn.Conv2d):
             return super().forward(x)
         if self.cast_weight is not None:
             return self._conv_forward(x, self.cast_weight, self.bias)
+        if x.is_cpu and torch.is_autocast_enabled("cpu") and self.dilation != (1, 1):
+            # torch's weight gradients of these are wrong in bfloat16 on a CPU (seen in 2.14).
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(x.to(self.weight.dtype))
         if self._has_fast_gradients(x):
             if self._is_pointwise():
                 return _Pointwise.apply(x, self.weight)
