@@ -15,7 +15,12 @@ whose code has come to rest is frozen; when all are, the network trains on with 
 fixed. The end is a trained network, which `train.py --evaluate --weights RUN/network.pt` measures.
 """
 
+import os
 import shlex
+
+# Must be set before torch is imported. Threads that wait then sleep instead of spinning, which on a
+# busy machine would keep other threads from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch.nn.utils import clip_grad_norm_

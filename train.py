@@ -14,7 +14,12 @@ smoothing. The network after the last epoch is in network.pt, the best of all ep
 network-best.pt. Nothing is selected by the test accuracy but that name.
 """
 
+import os
 import shlex
+
+# Must be set before torch is imported. Threads that wait then sleep instead of spinning, which on a
+# busy machine would keep other threads from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch.nn.utils import clip_grad_norm_

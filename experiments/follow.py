@@ -33,6 +33,12 @@ after a recovery; NAS-Bench-301 percentile of the final cell; Spearman's ρ of i
 3, 4, ..., uniform, normal, and with --cure the best cure of (a). Primary outcome: NAS-Bench-301
 percentile of the last cell. Others: that after epoch 1, and the supernet's last held-out accuracy.
 
+(c) `directions`: what does b learn? The first 10 epochs of searches like those of (b), with the
+dictionaries uniform, uniform less ½ (`centred`) and normal. The outcomes are mean squared cosines
+over all nodes and steps: of ∇b and the mean column of A, of b and the mean column, and of b and ∇b.
+For two random directions in R^m the mean is 1/m = 0.14. With a positive dictionary, a step along
+the mean column raises or lowers the weights of all pairs.
+
 Rules. 95 % intervals by Student's t; percentiles are compared with 50, and differences from uniform
 are paired, by supernet and seed or by seed. An interval that leaves out 50, or 0, counts as shown.
 Those of (a) speak of these supernets alone. The default dictionary changes only if (b) shows normal
@@ -62,7 +68,7 @@ import utils
 import visualize
 from genotypes import NODES, PRIMITIVES
 from harness import checkpoints, flags, speedups
-from model_search import indices
+from model_search import DICTIONARIES, indices
 from utils import UserError
 
 SEARCH = "--init_channels 8 --layers 5 --batch_size 64 --epochs 15 --learning_rate 0.025"
@@ -72,13 +78,15 @@ CONDITIONS = {  # with their flags of search.py
     "uniform": "", "normal": "--dictionary normal", "rate ∝ |b|": "", "b scaled back": "",
     "decay of b": "--arch_weight_decay 0.1", "recovery each 10": "--recover_every 10",
 }
+DICTIONARIES["centred"] = lambda m, n: DICTIONARIES["uniform"](m, n) - 0.5
+DIRECTIONS = {"uniform": "", "centred": "--dictionary centred", "normal": "--dictionary normal"}
 CURES = ["decay of b", "recovery each 10"]  # for which there is a flag
 SETTING = "dataset", "image_size", "search_flags", "supernet_epochs", "cells", "steps"
 
 
 def get_args_parser():
     parser = flags.Parser("follow.py", __doc__)
-    parser.usage = "follow.py {train,search,walk,summary} ... --save DIR [flags]"
+    parser.usage = "follow.py {train,search,walk,directions,summary} ... --save DIR [flags]"
     parser.add_argument("parts", nargs="+", choices=[*PARTS], metavar="PART", help="what to do")
     parser.add_argument("--cure", choices=CURES, metavar="NAME", help=", ".join(CURES))
     parser.add_argument("--dataset", default="cifar10", choices=[*data.DATASETS], metavar="NAME",
@@ -93,7 +101,7 @@ def get_args_parser():
         ("cells", flags.whole(2), 300, "N", "random cells in each supernet"),
         ("walks", flags.whole(1), 8, "N", "of each condition in each supernet"),
         ("steps", flags.whole(2 * EPOCH), 1200, "N", "of a walk"),
-        ("seeds", flags.whole(1), 24, "N", "searches of each condition in (b)"),
+        ("seeds", flags.whole(1), 24, "N", "searches of each condition in (b) and (c)"),
         ("nasbench", flags.name, None, "DIR", "of nb301-surrogate.onnx and encoding.json"),
     ):
         parser.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=help,
@@ -129,7 +137,7 @@ class Supernet:
     """A supernet trained on random supports, with the A and b of a condition; and its images."""
 
     def __init__(self, args, number, seed, condition="uniform"):
-        given = f"{args.search_flags} {CONDITIONS[condition]} --distinct_edges"
+        given = f"{args.search_flags} {(CONDITIONS | DIRECTIONS)[condition]} --distinct_edges"
         self.args = search.get_args_parser().parse_args([
             *shlex.split(given), "--dataset", args.dataset, "--data", args.data,
             "--image_size", str(args.image_size)])
@@ -230,6 +238,34 @@ class Supernet:
             genotypes=[*map(genotypes.as_lists, (first, net.genotype()))])
 
 
+    def directions(self, epochs):
+        """Search for some epochs; returns the mean squared cosines of ∇b, b and A's mean column."""
+        net, (weights, adam) = self.net, self.optimizers
+        low = self.args.learning_rate_min / self.args.learning_rate
+        means = [A.mean(dim=1) for code in net.codes for A in code.A]
+        found = []
+        for epoch in range(epochs):
+            utils.set_learning_rate(weights, utils.cosine(epoch, self.args.epochs, low))
+            net.train()
+            for (x, y), (x_arch, y_arch) in zip(
+                self.batches, self.arch_batches.endless(), strict=False
+            ):
+                points = [b.detach().clone() for b in net.arch_parameters()]
+                search.arch_step(net, x_arch, y_arch, weights, adam, self.args)
+                for b, mean, parameter in zip(points, means, net.arch_parameters(), strict=True):
+                    g = parameter.grad
+                    found.append([squared_cosine(g, mean), squared_cosine(b, mean),
+                                  squared_cosine(b, g)])
+                search.weight_step(net, x, y, weights, adam, self.args)
+            net.recover(self.args.solver)
+        gradient, point, both = np.mean(found, axis=0).tolist()
+        return dict(gradient=gradient, point=point, both=both)
+
+
+def squared_cosine(x, y):
+    return torch.cosine_similarity(x.double(), y.double(), dim=0).square().item()
+
+
 def state(net):
     """Pairs of the nodes; all of them as a set; their |w|, (8, 2); ‖b‖ of the nodes."""
     nodes = [list(node) for code in net.codes for node in code.support]
@@ -287,6 +323,13 @@ def run_searches(args):
             genotypes=[genotypes.as_lists(run.history[k].genotype) for k in (0, -1)])
 
 
+def directions(args):
+    items = [{"condition": name, "seed": 2 + i} for i in range(args.seeds) for name in DIRECTIONS]
+    for item in todo(args, "directions", items):
+        name, seed = item.values()
+        add(args, "directions", item, **Supernet(args, seed, seed, name).directions(epochs=10))
+
+
 def estimate(values):
     """Mean ± standard error, and the 95 % interval, as a text."""
     if len(values) < 2:
@@ -335,9 +378,13 @@ def summary(args):
     table("(b) whole searches", searches, {
         "score": "NAS-Bench-301 percentile, last cell", "early": "the same after epoch 1",
         "accuracy": "held-out accuracy of the supernet, %"})
+    table("(c) directions in R^m, mean squared cosine", results(args, "directions"), {
+        "gradient": "∇b and the mean column", "point": "b and the mean column",
+        "both": "b and ∇b"})
 
 
-PARTS = {"train": train, "search": run_searches, "walk": walk, "summary": summary}
+PARTS = {"train": train, "search": run_searches, "walk": walk, "directions": directions,
+         "summary": summary}
 
 
 def main(args):

@@ -142,6 +142,7 @@ def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, l
     assert_same_run(folder / "run", tmp_path / "run")
 
 
+@pytest.mark.crash
 def test_one_stage_search_resumes_after_its_architecture_is_fixed(whole, tmp_path):
     folder, _ = whole("one-stage")
     last = rows(folder / "run/metrics.jsonl")[-1]["epoch"]

@@ -593,6 +593,8 @@ SCHEDULER = Edit("""
 @@ train.py
              row["best_accuracy"] = best
 +            row["rate"] = float(optimizer.param_groups[0]["lr"])
+@@ train.py
+         about = dict(run.describe(train), epoch=epoch, test_accuracy=row["test_accuracy"])
 +        scheduler.step()
 @@ train.py
          run.save_checkpoint(
@@ -681,11 +683,10 @@ ONE_EPOCH = [*ONE_STAGE, "--epochs", 1, "--max_search_epochs", 1]
 @pytest.mark.parametrize("launcher", [pytest.param((), id="CPU"), NULL_GPU])
 @pytest.mark.parametrize(("command", "edits"), [
     pytest.param([*TRAIN, "--drop_path_prob", 0], [DROPOUT], id="dropout"),
-    pytest.param([*TRAIN, "--drop_path_prob", 0], [SMOOTHING, LOSSES, RECALIBRATION],
-                 id="smoothing, losses, momentum"),
-    pytest.param([*TRAIN, "--drop_path_prob", 0], [SCHEDULER], id="scheduler"),
-    pytest.param(TWO_STAGE, [OTHER_BATCH, AVERAGED_SUPERNET], id="batch size, average"),
-    pytest.param(TWO_STAGE, [UNROLLED], id="second order"),
+    pytest.param([*TRAIN, "--drop_path_prob", 0], [SMOOTHING, LOSSES, RECALIBRATION, SCHEDULER],
+                 id="smoothing, losses, momentum, scheduler"),
+    pytest.param(TWO_STAGE, [OTHER_BATCH], id="batch size"),
+    pytest.param(TWO_STAGE, [AVERAGED_SUPERNET, UNROLLED], id="average, second order"),
     pytest.param(ONE_EPOCH, [BUFFER], id="buffer"),
 ])
 def test_an_edit_has_its_effect_in_graphs_too(command, edits, launcher, tmp_path):

@@ -121,6 +121,7 @@ def test_a_loser_is_the_one_of_a_node_whose_weight_rose_less():
     assert follow.losers(nodes, after, rise) == [True, False]
 
 
+@pytest.mark.crash
 def test_what_is_done_is_not_done_again_and_the_summary_tells_it(
     trained, tmp_path, monkeypatch, capsys
 ):
