@@ -381,6 +381,12 @@ def test_divergence_names_epoch_and_rate_and_the_last_checkpoint_stays(
     run(flags[0], "--resume", "run", cwd=tmp_path)
 
 
+def test_a_search_that_diverges_between_two_recoveries_says_so(tmp_path):
+    done = run(*TWO_STAGE, "--recover_every", 1, "--arch_learning_rate", 1e300, "--epochs", 1,
+               "--save", "run", cwd=tmp_path, status=2)
+    check("search.py", 2, done.stderr, "epoch 1/1: a point b is not finite")
+
+
 # A limit on the size of a file stands for a full disk; it is met by the log, or by the checkpoint.
 FULL = """
 import resource, signal
