@@ -22,6 +22,7 @@ torch.nn does.
 import contextlib
 import functools
 import inspect
+import weakref
 from pathlib import Path
 
 import torch
@@ -188,22 +189,23 @@ class ReLU(nn.ReLU):
     def forward(self, x):
         if is_plain() or self.inplace or has_hooks(self) or x.is_inference():
             return super().forward(x)
+        # Hooks on saved tensors, as of activation checkpointing, expect every operation to save.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return super().forward(x)
         state = x._version, x.requires_grad, torch.is_grad_enabled()
         kept = getattr(x, "_relu", None)  # state of x, output, version of the output
-        if kept is None or kept[0] != state or not _is_usable(*kept[1:]):
+        if kept is None or kept[0] != state or kept[1]._version != kept[2]:
             y = super().forward(x)
             x._relu = kept = state, y, y._version
+            if y.grad_fn is not None:  # a backward pass frees the graph of y
+                y.grad_fn.register_hook(functools.partial(_forget_relu, weakref.ref(x)))
         return kept[1]
 
 
-def _is_usable(y, version):
-    """Whether an earlier output is unchanged, and its graph is still there for a backward pass."""
-    if y._version != version:
-        return False
-    try:
-        return y.grad_fn is None or y.grad_fn._saved_result is not None
-    except RuntimeError:  # an earlier backward pass has freed the graph
-        return False
+def _forget_relu(reference, *_):
+    x = reference()
+    if x is not None:
+        x._relu = None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ What happens to edited operations is in `test_edits.py`.
 """
 
 import copy
+import functools
 import itertools
 import random
 import subprocess
@@ -17,6 +18,7 @@ from scripts import ROOT
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, parametrizations
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.checkpoint import checkpoint
 
 import genotypes
 import layers
@@ -454,6 +456,24 @@ def test_copies_parametrizations_and_averages():
     found = op(images)
     with layers.plain():
         assert_close(found, copy.deepcopy(op)(images))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_cells_can_be_checkpointed(use_reentrant):
+    """Neighboring cells read the same tensor, and share its ReLU."""
+    net, (x, _) = supernet(1), batch()
+    found = []
+    for run in (lambda cell, *args: cell(*args),
+                functools.partial(checkpoint, use_reentrant=use_reentrant)):
+        each = copy.deepcopy(net)
+        s0 = s1 = each.stem(x)
+        for cell in each.cells:
+            given = each._given(each.codes[cell.reduction])
+            s0, s1 = s1, run(cell, s0, s1, None, *given)
+        s1.square().sum().backward()
+        found.append([p.grad for p in each.cells.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
 
 
 def test_statistics_can_be_recalibrated():
