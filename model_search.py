@@ -409,8 +409,8 @@ class Network(Skeleton):
             Millions of parameters. A candidate whose retraining network has as many or more is
             rejected: the last architecture stays, and no node freezes.
         share : callable, optional
-            Of several ranks: takes what this one has found, returns what rank 0 has. Rounding
-            could part them.
+            With several ranks: takes the results of this rank, and returns those of rank 0,
+            because rounding may differ.
 
         Returns
         -------
