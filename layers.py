@@ -22,13 +22,13 @@ torch.nn does.
 import contextlib
 import functools
 import inspect
-import weakref
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import TensorWeakRef
 
 _plain = False
 
@@ -198,7 +198,7 @@ class ReLU(nn.ReLU):
             y = super().forward(x)
             x._relu = kept = state, y, y._version
             if y.grad_fn is not None:  # a backward pass frees the graph of y
-                y.grad_fn.register_hook(functools.partial(_forget_relu, weakref.ref(x)))
+                y.grad_fn.register_hook(functools.partial(_forget_relu, TensorWeakRef(x)))
         return kept[1]
 
 
