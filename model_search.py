@@ -208,10 +208,16 @@ class SparseCode(nn.Module):
     def choose_unfrozen(self, codes):
         """What `choose` says, but for frozen nodes."""
         chosen = [[(int(edge), int(op)) for edge, op in node] for node in self.choose(codes)]
+        if len(chosen) != NODES:
+            raise ValueError(f"SparseCode.choose returned {len(chosen)} nodes instead of {NODES}")
         for j, node in enumerate(chosen):
-            if len({*node}) != self.sparseness or len(node) != self.sparseness:
-                raise ValueError(f"SparseCode.choose returned {node} for node {j}: it has to "
-                                 f"return {self.sparseness} different pairs (edge, operation)")
+            exist = all(edge in range(j + 2) and op in range(len(PRIMITIVES)) for edge, op in node)
+            if not exist or not len({*node}) == len(node) == self.sparseness:
+                raise ValueError(
+                    f"SparseCode.choose returned {node} for node {j}: it has to return "
+                    f"{self.sparseness} different pairs of an edge below {j + 2} and an operation "
+                    f"below {len(PRIMITIVES)}"
+                )
         nodes = zip(self.is_frozen, self.support, chosen, strict=True)
         return [last if frozen else new for frozen, last, new in nodes]
 
@@ -575,25 +581,35 @@ def check_operations(C, one_stage, imagenet=False):
             mixed = MixedOp(C, stride, one_stage).eval()
             randomize_norms(mixed)
             for primitive, op in zip(PRIMITIVES, mixed._ops, strict=True):
+                name = f"{primitive} at stride {stride}"
                 for w in (1.5, -0.5):
-                    check_operation(f"{primitive} at stride {stride}", op, x, torch.tensor(w))
+                    check_operation(name, op, x, torch.tensor(w), stride)
                 if one_stage:
-                    check_absorption(f"{primitive} at stride {stride}", op, x, torch.tensor(-0.5))
-        if one_stage:
-            n = len(PRIMITIVES)  # each node runs all operations of its first edge
-            net = Network(C, 10, 3, one_stage=True, imagenet=imagenet, proj_dims=n, sparseness=n)
+                    check_absorption(name, op, x, torch.tensor(-0.5))
+        # Two operations run at the first edge of each node, which has stride 2 in reduction cells.
+        for first in range(0, len(PRIMITIVES) * one_stage, 2 * NODES):
+            net = Network(C, 10, 3, one_stage=True, imagenet=imagenet)
             randomize_norms(net)
             for b in net.arch_parameters():
                 b.normal_()
+            ops = [k % len(PRIMITIVES) for k in range(first, first + 2 * NODES)]
+            support = [[(0, ops[2 * j]), (0, ops[2 * j + 1])] for j in range(NODES)]
             for code in net.codes:
-                every = [(0, op) for op in range(n)]
-                code.accept([z.numpy() for z in code.z], NODES * [every])
+                code.accept([z.numpy() for z in code.z], support)
             net.prune()  # fewer layers to copy
             net.absorb()
 
 
-def check_operation(name, op, x, w):
-    if not torch.allclose(weighted(op, x, w), w * op(x), rtol=1e-3, atol=1e-3):
+def check_operation(name, op, x, w, stride):
+    before, y = x.clone(), op(x)
+    expected = (len(x), x.shape[1], x.shape[2] // stride, x.shape[3] // stride)
+    if y.shape != expected:
+        raise ValueError(f"{name}: images {tuple(x.shape)} become {tuple(y.shape)}, but have to "
+                         f"become {expected}")
+    if not torch.equal(x, before):
+        raise ValueError(f"{name}: the operation writes into its input, which other operations "
+                         "read as well: leave out inplace=True")
+    if not torch.allclose(weighted(op, x, w), w * y, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"{name}: forward(x, pair_weight) is not pair_weight · forward(x): multiply the whole "
             "output by pair_weight, or leave that argument out"
@@ -602,9 +618,9 @@ def check_operation(name, op, x, w):
 
 def check_absorption(name, op, x, w):
     absorbed = copy.deepcopy(op)
-    if last_norm(op) is None:
+    if last_norm(op) is None or not last_norm(op).affine:
         raise ValueError(f"{name}: one-stage search needs a BatchNorm at the end of the operation, "
-                         "which absorbs w: append one")
+                         "whose γ and β absorb w: append one")
     absorb_weight(absorbed, w)
     if not torch.allclose(absorbed(x), w * op(x), rtol=1e-3, atol=1e-3):
         raise ValueError(f"{name}: one-stage search cannot absorb w, because the operation goes on "

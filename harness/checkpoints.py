@@ -7,6 +7,7 @@ a checkpoint holds what the script gave, and tensors must fit, by torch's own st
 import contextlib
 import io
 import os
+import pickle
 import random
 import textwrap
 import zipfile
@@ -27,6 +28,12 @@ def save(path, state, keep_last=False):
     """
     buffer = io.BytesIO()  # torch.save's own writer does not tell a full disk from a bug
     torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(f"{path} was not written, because it could not be read again: save only "
+                        f"tensors, numbers, strings, lists and dicts ({error})") from None
     if keep_last and os.path.exists(path):
         with open(path, "rb") as last:
             write_file(previous(path), last.read())

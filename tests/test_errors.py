@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -379,6 +380,12 @@ def test_divergence_names_epoch_and_rate_and_the_last_checkpoint_stays(
     assert saved(tmp_path / "run/checkpoint.pt")["epoch"] == 1
     monkeypatch.undo()
     run(flags[0], "--resume", "run", cwd=tmp_path)
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="checkpoint.pt was not written"):
+        checkpoints.save(tmp_path / "checkpoint.pt", {"std": np.std([1.0, 2.0])})
+    assert not os.listdir(tmp_path)
 
 
 def test_a_search_that_diverges_between_two_recoveries_says_so(tmp_path):

@@ -580,6 +580,17 @@ def test_absorption_needs_the_supernet_of_one_stage_search():
         tiny().absorb()
 
 
+@pytest.mark.parametrize("answer", [
+    4 * [[(0, 2), (0, 2)]], 4 * [[(0, 7), (1, 0)]], 4 * [[(2, 0), (1, 0)]], 4 * [[(0, 2)]],
+    3 * [[(0, 2), (1, 2)]],
+])
+def test_a_wrong_answer_of_the_rule_is_refused(answer, monkeypatch):
+    code = SparseCode()
+    monkeypatch.setattr(SparseCode, "choose", lambda code, codes: answer)
+    with pytest.raises(ValueError, match="SparseCode.choose returned"):
+        code.recover()
+
+
 @pytest.mark.parametrize("one_stage", [False, True])
 def test_the_check_of_the_operations_draws_no_random_number(one_stage):
     state = torch.get_rng_state()
