@@ -191,7 +191,8 @@ def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
     assert (tmp_path / "run/log.txt").read_text() == process.stdout
 
 
-@pytest.mark.parametrize("phase", [pytest.param("searching", marks=pytest.mark.crash), "training"])
+@pytest.mark.crash
+@pytest.mark.parametrize("phase", ["searching", "training"])
 def test_one_stage_search_resumes_in_either_phase(whole, tmp_path, phase):
     path, _ = whole("one-stage")
     searching = sum(row["phase"] == "searching" for row in rows(path / "metrics.jsonl"))

@@ -116,6 +116,7 @@ def call(folder, *flags):
     darts.main(darts.get_args_parser().parse_args(["--save", str(folder), *FLAGS, *flags]))
 
 
+@pytest.mark.crash
 def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, capsys):
     few = [images.subset(torch.arange(80)) for images in data.load("digits", "", image_size=8)]
     monkeypatch.setattr(data, "load", lambda *args: few)

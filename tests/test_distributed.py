@@ -165,6 +165,7 @@ def test_a_signal_to_all_ranks_is_told_once(tmp_path, signum):
     assert ranks[0].stdout.endswith(f"go on from the last checkpoint with: {command}\n")
 
 
+@pytest.mark.crash
 def test_a_run_goes_on_with_another_world_size(whole, tmp_path):
     processes = start(*LOOPS["two-stage"], "--epochs", 1, "--save", "run", cwd=tmp_path)
     finish(processes)

@@ -494,9 +494,8 @@ SIGNS = Edit("""
     pytest.param(TWO_STAGE, [optimizer_of_search("AdamW"), ROW], id="AdamW, row"),
     pytest.param(TWO_STAGE, [optimizer_of_search("RMSprop"), TERM, SIGNS], id="RMSprop, term, A"),
     pytest.param(TWO_STAGE, [optimizer_of_search("Adagrad"), LOSS, SELDOM], id="Adagrad, loss"),
-    pytest.param(TRAIN, [optimizer_of_training("AdamW"), AVERAGE], id="AdamW, average"),
+    pytest.param(TRAIN, [optimizer_of_training("AdamW"), AVERAGE, LOSS], id="AdamW, average, loss"),
     pytest.param(TRAIN, [optimizer_of_training("RMSprop"), BLACK], id="RMSprop, augmentation"),
-    pytest.param(TRAIN, [optimizer_of_training("Adagrad"), LOSS], id="Adagrad, loss"),
     pytest.param(TRAIN, [STEM, MIXUP], id="stem, mixup"),
 ])
 def test_an_edit_has_its_effect_and_resumes(command, edits, tmp_path):

@@ -21,6 +21,7 @@ IMAGENET = [
     "train.py", "--dataset", "imagenet", "--data", "images", "--image_size", "32", "--arch",
     "ISTA_twostage", "--init_channels", "2", "--layers", "3", "--batch_size", "16",
 ]
+pytestmark = pytest.mark.crash  # torch's exporter is slow; test_edits.py has a short test of it
 KINDS = {"one_stage": ONE_STAGE, "imagenet": IMAGENET}  # both stems, both kinds of pools and skips
 
 # Runs every network on the images of its size, in batches of 1 and 5.

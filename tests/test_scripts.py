@@ -253,6 +253,7 @@ def test_one_stage_search_ends_in_a_trained_network(one_stage):
     assert genotypes.load(folder / "more") == genotypes.load(folder / "one")
 
 
+@pytest.mark.crash
 def test_what_does_not_come_to_rest_is_taken_as_it_is(tmp_path):
     flags = [*ONE_STAGE, "--epochs", 1, "--freeze_tol", 0, "--max_search_epochs", 2]
     done = run(*flags, "--save", "one", cwd=tmp_path)

@@ -213,6 +213,7 @@ def edit(monkeypatch):
 ADDED = ["sep_conv_7x7", *genotypes.PRIMITIVES, "inverted_bottleneck_3x3", "conv_7x1_1x7"]
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("nodes, each, primitives", [
     (3, 4, genotypes.PRIMITIVES[4:1:-1]), (6, 1, ADDED),
 ])
@@ -369,6 +370,7 @@ def test_a_running_run_can_be_drawn(tmp_path, kind):
     assert all(os.path.getsize(name) > 10_000 for name in paths)
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("kind", ["two", "one"])
 def test_rows_of_an_edited_script_can_be_drawn(tmp_path, kind, script):
     def change(rows):
