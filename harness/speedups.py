@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 
 import torch
@@ -11,7 +12,7 @@ import layers
 from harness.distributed import unwrapped
 
 # ------------------------------------------------------------------------------------------------
-# Memory of a process
+# Memory and threads of a process
 # ------------------------------------------------------------------------------------------------
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -4, 14  # malloc.h, mman.h
@@ -39,6 +40,16 @@ def keep_freed_memory():
         libc.free(start)
         aligned = -(-start // HUGE_PAGE) * HUGE_PAGE
         libc.madvise(aligned, HEAP - HUGE_PAGE, MADV_HUGEPAGE)
+
+
+def limit_threads(log):
+    """Use one thread if other processes take the cores, as threads would wait for each other."""
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    # A run of ours that has just ended leaves a load of one process for each core.
+    if load > 1.5 * cores and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+        log(f"the machine is busy (load {load:.1f} on {cores} cores), so this run uses one thread; "
+            "set OMP_NUM_THREADS to choose their number")
 
 
 # ------------------------------------------------------------------------------------------------
