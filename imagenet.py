@@ -4,8 +4,8 @@
     for x, y in train.batches(1024, train=True, generator=generator):
         ...
 
-Unlike the data sets of `data.py` it is too large to be kept decoded, so each pass reads the files
-anew. The interface is that of `data.py`.
+The decoded images do not fit in memory, so each pass reads the files again. The interface is that
+of `data.py`.
 """
 
 import math
@@ -23,30 +23,21 @@ from utils import UserError
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-SEEDS = 2**62  # of an image's augmentation
+SEEDS = 2**62  # the seeds of images are below
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Images(data.Images):
-    """The files of one split; labels, classes, mean and std are as in `data.Images`, on the CPU.
+    """The files of one split: `images` are paths (an array of bytes), `labels` are on the CPU."""
 
-    images : array (N,) of bytes
-        Paths. One array, as a list of a million strings would be copied by every worker.
-    image_size, device
-        Height and width of x in `batches`; device of x and y.
-    workers : int
-        Processes that read images; 0 reads in this one.
-    readers : int
-        Data sets that are read side by side in training, among which the workers are shared.
-    """
-
-    image_size: int
-    device: torch.device
-    workers: int
-    readers: int = 1
+    # Paths are in one array, because every worker would copy a list of a million strings.
+    image_size: int  # height and width of the images in batches
+    device: torch.device  # of the batches
+    workers: int  # processes that read images; 0 reads them in the main process
+    readers: int = 1  # training sets that are read at the same time and split the workers
 
     def subset(self, index):
-        """The images at `index` (an int64 tensor, any device), one of two halves in training."""
+        """One of the two training sets of a search: the images at `index`, on any device."""
         index = index.cpu()
         return replace(self, images=self.images[index.numpy()], labels=self.labels[index],
                        readers=2)
@@ -56,35 +47,30 @@ class Images(data.Images):
 
 
 def load(dataset, root, image_size=224, device="cpu", workers=0, log=print, *, test_only=False):
-    """List the images of ``root/train/<class>/*`` and ``root/val/<class>/*``; none is read yet.
+    """List the images of ``root/train/<class>/`` and ``root/val/<class>/``, as `data.load` does.
 
-    Parameters and what is returned are those of `data.load`, but that `workers` are processes, and
-    mean and std always those of ImageNet. `dataset` is not used.
+    `workers` are processes, mean and std are always those of ImageNet, and `dataset` is not used.
     """
-    *pairs, classes = data.scan(root, ("val",), log, test_only)
-    train, val = (
-        pair and Images(
-            np.array([os.fsencode(path) for path in pair[0]]), pair[1], classes, MEAN, STD,
-            image_size=image_size, device=torch.device(device), workers=workers,
-        )
-        for pair in pairs
-    )
-    return train, val
+    train, val, classes = data.scan(root, ("val",), log, test_only)
+
+    def to_images(paths, labels):
+        files = np.array([os.fsencode(path) for path in paths])
+        return Images(files, labels, classes, MEAN, STD, image_size=image_size,
+                      device=torch.device(device), workers=workers)
+
+    return None if test_only else to_images(*train), to_images(*val)
 
 
 class Batches(data.Batches):
-    """Batches ``(x, y)``: float32 (B, 3, H, W), normalised, and int64 (B,).
+    """Batches ``(x, y)``: normalized float32 (B, 3, H, W) and int64 (B,).
 
-    Parameters, passes over the images and ranks are as in `data.Batches`, but the generator may be
-    on any device; a pass repeats itself exactly with any number of workers. Training images are
-    cropped at random (8 to 100 % of the area), resized, mirrored and jittered in colour, and there
-    are no other augmentations; others are resized by their shorter side to 8/7 of the image size,
-    and the centre is taken. An image that cannot be read is a UserError while iterating.
-
-    A training pass keeps its workers for the next one, because it takes seconds to start them. So
-    it ends the pass before, if that was left early. Other passes start workers of their own.
+    Passes and arguments are those of `data.Batches`, but the generator can be on any device, and
+    there is no further augmentation. A pass does not depend on the number of workers. UserError
+    while iterating if an image cannot be read.
     """
 
+    # A training pass keeps its workers for the next one, because they take seconds to start. So a
+    # new training pass ends the previous one. An evaluation starts its own workers.
     def __init__(self, images, batch_size, *, train, **options):
         super().__init__(images, batch_size, train=train, **options)
         for name, value in self.augmentation.items():
@@ -93,43 +79,40 @@ class Batches(data.Batches):
                 raise UserError(f"--dataset imagenet is augmented without {name}: {hint}")
         workers = math.ceil(images.workers / images.readers) if train else images.workers
         self.loader = DataLoader(
-            _Reader(images, train), batch_sampler=_Plan(self),
+            _Reader(images, train), batch_sampler=_BatchSampler(self),
             collate_fn=_collate, worker_init_fn=_start_worker,
             num_workers=workers, persistent_workers=train and workers > 0,
             pin_memory=images.device.type == "cuda",
-            generator=torch.Generator(),  # else a pass would draw from the global one
+            generator=torch.Generator(),  # so that a pass does not draw from the global one
         )
 
     def __iter__(self):
         images = self.images
         for batch in self._read():
             if isinstance(batch, UserError):
-                # A copy, for a raised error refers to this frame: in a cycle with it, the loader
-                # would be left to the garbage collector, and its workers linger for seconds.
+                # Raise a copy: the traceback of an error refers to this frame. If the frame refers
+                # to the error as well, the loader is freed late and its workers stay for seconds.
                 raise UserError(str(batch))
             pixels, labels = (part.to(images.device, non_blocking=True) for part in batch)
             x = pixels.permute(0, 3, 1, 2)
             yield data.normalize(x, images.mean, images.std, self.memory_format), labels
 
     def _read(self):
+        """Iterate over the loader; UserError if a worker fails."""
         try:
             yield from self.loader
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             if not self.loader.num_workers or reason.startswith("Caught"):
-                raise  # the error of an edit, here or in a worker
-            # A worker was killed, or shared memory is full.
+                raise  # the code has an error, in this process or in a worker
+            # A worker was killed, or the shared memory is full.
             raise UserError(
                 f"images could not be read ({reason}): give fewer --workers, or 0"
             ) from error
 
 
-class _Plan:
-    """The batches of a rank in each pass: lists of (index of the image, seed or None).
-
-    A training pass draws, at its start, one order and one seed for each image. All ranks draw the
-    same, so an image is augmented the same whichever rank, and worker, it falls to.
-    """
+class _BatchSampler:
+    """The batches of a rank in each pass: lists of (index of the image, seed or None)."""
 
     def __init__(self, batches):
         self.slices, self.train, self.generator = batches.slices, batches.train, batches.generator
@@ -140,21 +123,23 @@ class _Plan:
 
     def __iter__(self):
         if not self.train:
-            for share in self.slices:
-                yield [(index, None) for index in range(share.start, share.stop)]
+            for batch in self.slices:
+                yield [(index, None) for index in range(batch.start, batch.stop)]
             return
+        # All ranks draw the same order and seeds. So the augmentation of an image does not depend
+        # on the rank and the worker that read it.
         g = self.generator
         device = g.device if g else "cpu"
         order = torch.randperm(self.images, generator=g, device=device)
         seeds = torch.randint(SEEDS, (self.images,), generator=g, device=device)
-        order, seeds = torch.stack((order, seeds)).cpu()  # a pass's only host sync
-        for share in self.slices:
-            index = order[share]
+        order, seeds = torch.stack((order, seeds)).cpu()  # the only host synchronization of a pass
+        for batch in self.slices:
+            index = order[batch]
             yield list(zip(index.tolist(), seeds[index].tolist(), strict=True))
 
 
 class _Reader:
-    """Reads and augments an image; runs in the workers, and returns what the error is."""
+    """Reads and augments images in the workers; an unreadable image gives a UserError object."""
 
     def __init__(self, images, train):
         self.files, self.labels = images.images, images.labels.numpy()
@@ -174,22 +159,23 @@ class _Reader:
             image = data.read_rgb(os.fsdecode(self.files[index]))
         except UserError as error:
             return error
-        with torch.random.fork_rng(devices=[]):  # transforms know the global generator only
+        with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
             return np.asarray(self.transform(image)), self.labels[index]
 
 
 def _collate(samples):
+    """Stack the images and labels of a batch, or return its first error."""
     for sample in samples:
-        if isinstance(sample, UserError):  # raised here, it would arrive with a traceback
-            return sample
+        if isinstance(sample, UserError):
+            return sample  # the loader would add a traceback to an error that is raised here
     pixels, labels = zip(*samples, strict=True)
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
 def _start_worker(worker):
-    # Ctrl-C, and some schedulers' SIGTERM, reach all processes at once. The main one says what
-    # there is to say; its loader would raise an error if a worker's exit status were not 0.
+    # Ctrl-C, and SIGTERM of some schedulers, reach all processes at once, and the main process
+    # handles them. A worker exits with status 0, because the loader raises an error otherwise.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))

@@ -2,20 +2,20 @@
 
     from layers import BatchNorm2d, Conv2d, ReLU, Sequential, concat, weighted
 
-Each layer is a subclass of torch's layer with the same parameters, and computes the same values to
-rounding. Its `forward` decides from its attributes and its input whether a faster path applies, and
-calls `super().forward` otherwise. These are the faster paths:
+Each layer is a subclass of torch's layer with the same parameters, and computes the same values up
+to rounding. Its `forward` checks its attributes and its input. If no faster path applies, it calls
+`super().forward`. The faster paths are:
 
-* `BatchNorm2d` takes the weight w of a pair into γ and β, w (γ x̂ + β) = (wγ) x̂ + wβ, which needs no
-  pass over the tensor. On CUDA in channels-last it uses torch's kernels, because cuDNN's run one
-  block of threads per channel.
-* `Conv2d` assembles the gradients of 1×1 and of depthwise convolutions on a CPU from kernels that
-  oneDNN has. Where oneDNN has none, torch falls back to code that is up to 30 times slower.
+* `BatchNorm2d` multiplies γ and β by the weight w of an (edge, operation) pair, because
+  w (γ x̂ + β) = (wγ) x̂ + wβ. This needs no pass over the tensor. On CUDA in channels-last it uses
+  torch's kernels, because cuDNN's run only one block of threads per channel.
+* `Conv2d` computes the gradients of 1×1 and of depthwise convolutions on a CPU with kernels that
+  oneDNN has. Without a oneDNN kernel, torch falls back to code that is up to 30 times slower.
 * `ReLU` is computed once for all layers that read the same tensor.
-* `concat` and `diagonals` return dense gradients. Strided ones make the kernels that read them copy
-  their input or fall back to another memory format.
+* `concat` and `diagonals` return dense gradients. Kernels that read strided gradients copy them or
+  fall back to another memory format.
 
-While torch compiles or exports a network, and inside of `plain()`, everything here computes as
+Inside of `plain()`, and while torch compiles or exports a network, all of them compute exactly as
 torch.nn does.
 """
 
@@ -35,7 +35,7 @@ _plain = False
 
 @contextlib.contextmanager
 def plain():
-    """Compute every layer as torch.nn does: the reference of tests and benchmarks."""
+    """Compute every layer as torch.nn does, as a reference for tests and benchmarks."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -45,31 +45,32 @@ def plain():
 
 
 def is_plain():
-    """Whether layers have to compute as torch.nn does."""
-    # torch.compile must meet this test before any other, or it breaks the graph.
+    """Whether layers must compute as torch.nn does."""
+    # Layers check this first, because some of their other checks break the graph of torch.compile.
     return torch.compiler.is_compiling() or _plain or torch._C._are_functorch_transforms_active()
 
 
 # ------------------------------------------------------------------------------------------------
-# The weight of a pair
+# The weight of an (edge, operation) pair
 # ------------------------------------------------------------------------------------------------
 
 
 def weighted(layer, x, pair_weight):
-    """Compute pair_weight · layer(x); a pair_weight of None stands for 1.
+    """Compute pair_weight · layer(x), or layer(x) if pair_weight is None.
 
-    A layer whose `forward` has an argument `pair_weight` multiplies by it itself. Any other layer
-    is multiplied outside, and so is a layer with hooks, which see what torch's layers would show.
+    If the `forward` of the layer has an argument `pair_weight`, the layer does the multiplication.
     """
     if pair_weight is None:
         return layer(x)
+    # Hooks must see the output without the weight, as with torch's layers.
     if is_plain() or has_hooks(layer) or not takes_pair_weight(layer):
         return pair_weight * layer(x)
     return layer(x, pair_weight=pair_weight)
 
 
 def takes_pair_weight(layer):
-    """Whether the `forward` of a layer, which may have been replaced, multiplies by itself."""
+    """Whether the `forward` of a layer has an argument `pair_weight`."""
+    # Look at the function itself, because users may replace the `forward` of a class or instance.
     return _has_pair_weight(getattr(layer.forward, "__func__", layer.forward))
 
 
@@ -79,7 +80,7 @@ def _has_pair_weight(function):
 
 
 def has_hooks(layer):
-    """Whether a forward or backward hook of a layer, or a global one, is registered."""
+    """Whether forward or backward hooks are registered, for this layer or globally."""
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks
         or layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook()
@@ -87,7 +88,7 @@ def has_hooks(layer):
 
 
 class Sequential(nn.Sequential):
-    """Sequential that passes the weight of a pair to its last layer."""
+    """Sequential that passes `pair_weight` to its last layer."""
 
     def forward(self, x, pair_weight=None):
         *first, last = self._modules.values()
@@ -102,16 +103,16 @@ class Sequential(nn.Sequential):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that takes the weight of a pair into γ and β.
+    """BatchNorm that multiplies γ and β by `pair_weight`.
 
-    It does not count batches, unless its momentum is None, where the count has an effect.
+    It counts batches only if its momentum is None, because the count has no effect otherwise.
     """
 
     def forward(self, x, pair_weight=None):                           # (B, C, H, W)
         if self.momentum is None or self.running_mean is None:
-            return _times(super().forward(x), pair_weight)
+            return _multiply(super().forward(x), pair_weight)
         if is_plain():
-            return _times(self._batch_norm(x, self.weight, self.bias), pair_weight)
+            return _multiply(self._batch_norm(x, self.weight, self.bias), pair_weight)
         scale, shift = self._scale_and_shift(x, pair_weight)          # (C,), (C,)
         if x.is_cuda and self.training and _memory_format(x) == torch.channels_last:
             F._verify_batch_size(x.shape)
@@ -127,27 +128,29 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
     def _scale_and_shift(self, x, pair_weight):
-        """Return wγ and wβ, or None for ones and for zeros."""
+        """Return wγ and wβ; None means all ones or all zeros."""
         scale, shift = self.weight, self.bias
         if pair_weight is not None and self.affine:
             scale, shift = _ScaleShift.apply(pair_weight, scale, shift)
         elif pair_weight is not None:
-            # The CPU kernel reads γ as if it were contiguous, whatever its strides are.
+            # The CPU kernel ignores the strides of γ, so it has to be contiguous.
             scale = pair_weight.expand(self.num_features).contiguous()
         if x.is_cuda:
-            # With both γ and β, NCHW takes one kernel of cuDNN instead of three of torch's.
-            like = self.num_features, self.running_mean.dtype, x.device
-            scale = _constant(1, *like) if scale is None else scale
-            shift = _constant(0, *like) if shift is None else shift
+            # With both γ and β, torch runs one kernel of cuDNN in NCHW instead of three of its own.
+            dtype = self.running_mean.dtype
+            if scale is None:
+                scale = _constant(1, self.num_features, dtype, x.device)
+            if shift is None:
+                shift = _constant(0, self.num_features, dtype, x.device)
         return scale, shift
 
 
-def _times(y, pair_weight):
+def _multiply(y, pair_weight):
     return y if pair_weight is None else pair_weight * y
 
 
 class _ScaleShift(torch.autograd.Function):
-    """wγ and wβ, in half the kernel launches of two products."""
+    """Compute wγ and wβ, with half the kernel launches of two products."""
 
     @staticmethod
     def forward(ctx, w, scale, shift):
@@ -157,7 +160,7 @@ class _ScaleShift(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_wscale, g_wshift):
         w, scale, shift = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second order, which _foreach_mul does not support
+        if torch.is_grad_enabled():  # for second derivatives, which _foreach_mul lacks
             g_w = (g_wscale * scale + g_wshift * shift).sum()
             return g_w, g_wscale * w, g_wshift * w
         g_w = g_scale = g_shift = None
@@ -169,7 +172,7 @@ class _ScaleShift(torch.autograd.Function):
 
 
 @functools.cache
-@torch.inference_mode(False)  # training cannot save tensors of inference mode
+@torch.inference_mode(False)  # autograd cannot save inference tensors
 def _constant(value, n, dtype, device):
     return torch.full((n,), value, dtype=dtype, device=device)
 
@@ -182,34 +185,38 @@ def _constant(value, n, dtype, device):
 class ReLU(nn.ReLU):
     """ReLU that is computed once for all layers that read the same tensor.
 
-    The output is an attribute of the input, and lives as long. On an Intel Xeon this takes 9 % off
-    a two-stage step and 12 % off its memory.
+    The output is cached as an attribute of the input. On an Intel Xeon this reduces the time of a
+    two-stage step by 9 % and its memory by 12 %.
     """
 
     def forward(self, x):
         if is_plain() or self.inplace or has_hooks(self) or x.is_inference():
             return super().forward(x)
-        # Hooks on saved tensors, as of activation checkpointing, expect every operation to save.
+        # With hooks on saved tensors, as in activation checkpointing, each layer must save its own.
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return super().forward(x)
+        # The cache is valid as long as neither the input nor the output is written to.
         state = x._version, x.requires_grad, torch.is_grad_enabled()
-        kept = getattr(x, "_relu", None)  # state of x, output, version of the output
-        if kept is None or kept[0] != state or kept[1]._version != kept[2]:
-            y = super().forward(x)
-            x._relu = kept = state, y, y._version
-            if y.grad_fn is not None:  # a backward pass frees the graph of y
-                y.grad_fn.register_hook(functools.partial(_forget_relu, TensorWeakRef(x)))
-        return kept[1]
+        cached = getattr(x, "_relu", None)
+        if cached is not None:
+            cached_state, y, y_version = cached
+            if cached_state == state and y._version == y_version:
+                return y
+        y = super().forward(x)
+        x._relu = state, y, y._version
+        if y.grad_fn is not None:  # a backward pass frees the graph of y
+            y.grad_fn.register_hook(functools.partial(_clear_relu_cache, TensorWeakRef(x)))
+        return y
 
 
-def _forget_relu(reference, *_):
-    x = reference()
+def _clear_relu_cache(weak_reference, *_):
+    x = weak_reference()
     if x is not None:
         x._relu = None
 
 
 # ------------------------------------------------------------------------------------------------
-# Concatenation, and the two diagonals that FactorizedReduce reads
+# Concatenation, and the inputs of FactorizedReduce
 # ------------------------------------------------------------------------------------------------
 
 
@@ -231,9 +238,10 @@ class _Concat(torch.autograd.Function):
 
 
 def diagonals(x):
-    """Return x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2]: every second pixel, from (0, 0) and (1, 1).
+    """Return every second pixel: x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2].
 
-    A convolution 1×1 of stride 2 reads the one, and with its input shifted by a pixel the other.
+    These are the pixels that a 1×1 convolution of stride 2 reads, from x and from x shifted by one
+    pixel in both directions.
     """
     return (x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]) if is_plain() else _Diagonals.apply(x)
 
@@ -246,7 +254,7 @@ class _Diagonals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_even, g_odd):
-        # Both gradients go into one tensor, of the memory format of x.
+        # Write both gradients into one tensor in the memory format of x.
         g = torch.empty(
             ctx.shape, dtype=g_even.dtype, device=g_even.device, memory_format=ctx.format
         ).zero_()
@@ -256,7 +264,7 @@ class _Diagonals(torch.autograd.Function):
 
 
 def _memory_format(x):
-    """Return the memory format of x; on a CPU, everything is kept in channels-last."""
+    """Return the memory format for outputs and gradients: on a CPU, always channels-last."""
     is_nchw = x.is_cuda and x.is_contiguous()
     return torch.contiguous_format if is_nchw else torch.channels_last
 
@@ -271,9 +279,9 @@ def _channels_last(x):
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution with faster gradients on a CPU, if it is 1×1 or depthwise."""
+    """Convolution with faster gradients on a CPU if it is 1×1 or depthwise."""
 
-    cast_weight = None  # the weight in bfloat16, during a forward pass in `speedups.autocast`
+    cast_weight = None  # weight in bfloat16, set by `speedups.autocast` during a forward pass
 
     def forward(self, x):                                             # (B, C, H, W)
         if is_plain():
@@ -281,7 +289,7 @@ class Conv2d(nn.Conv2d):
         if self.cast_weight is not None:
             return self._conv_forward(x, self.cast_weight, self.bias)
         if x.is_cpu and torch.is_autocast_enabled("cpu") and self.dilation != (1, 1):
-            # torch's weight gradients of these are wrong in bfloat16 on a CPU (seen in 2.14).
+            # torch computes wrong weight gradients here, in bfloat16 with dilation (seen in 2.14).
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x.to(self.weight.dtype))
         if self._has_fast_gradients(x):
@@ -292,7 +300,7 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
     def _has_fast_gradients(self, x):
-        """Whether the fast gradients are made for such an input, and a layer without extras."""
+        """Whether the fast gradients support this input and the options of this layer."""
         return (
             x.is_cpu and x.ndim == 4 and type(x) is torch.Tensor
             and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
@@ -316,11 +324,15 @@ class Conv2d(nn.Conv2d):
         )
 
 
-def _torch_gradients(ctx, g, x, weight, stride, padding, dilation, groups):
-    """Return torch's own gradients of input and weight, which are differentiable."""
+def _convolution_gradients(
+    g, x, weight, wanted, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups
+):
+    """Return torch's gradients of input and weight, or None where `wanted` is False.
+
+    They can be differentiated again.
+    """
     return torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
-        (*ctx.needs_input_grad[:2], False),
+        g, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)
     )[:2]
 
 
@@ -339,10 +351,10 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx, g):
         weight, x = ctx.saved_tensors
         g_x = g_weight = None
-        if torch.is_grad_enabled():  # this backward pass will be differentiated
+        if torch.is_grad_enabled():  # for second derivatives
             if x is None:
                 return F.conv2d(g, weight.transpose(0, 1)), None
-            return _torch_gradients(ctx, g, x, weight, (1, 1), (0, 0), (1, 1), 1)
+            return _convolution_gradients(g, x, weight, ctx.needs_input_grad, groups=1)
         g = _channels_last(g)
         if ctx.needs_input_grad[0]:
             g_x = _pointwise(g, weight.transpose(0, 1))
@@ -356,13 +368,15 @@ def _is_intel():
     return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
 
 
-# A product of thin matrices by MKL takes as long as oneDNN's convolution on an Intel Xeon, and 1.7
-# to 2.7 times as long on an AMD EPYC, where a two-stage step gained 19 % (retraining: 18 %).
-ONEDNN = torch.backends.mkldnn.is_available() and not _is_intel()
+# MKL's product of narrow matrices takes as long as oneDNN's convolution on an Intel Xeon, and 1.7
+# to 2.7 times as long on an AMD EPYC. There, oneDNN makes a two-stage step 19 % faster, and a
+# retraining step 18 %.
+USE_ONEDNN = torch.backends.mkldnn.is_available() and not _is_intel()
 
 
 def _pointwise(x, weight):
-    if ONEDNN and x.dtype == torch.float32:  # F.conv2d does not choose oneDNN for batches below 16
+    if USE_ONEDNN and x.dtype == torch.float32:
+        # F.conv2d does not choose oneDNN for batches below 16.
         return torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
     B, _, H, W = x.shape
     y = torch.empty((B, len(weight), H, W), dtype=x.dtype, memory_format=torch.channels_last)
@@ -371,21 +385,21 @@ def _pointwise(x, weight):
 
 
 def _pointwise_weight_gradient(g, x, weight):
-    if ONEDNN and x.dtype == torch.float32 and len(x) >= 16:
-        return _undilated_gradients(g, x, weight, (1, 1), (0, 0), (False, True), groups=1)[1]
+    if USE_ONEDNN and x.dtype == torch.float32 and len(x) >= 16:
+        return _convolution_gradients(g, x, weight, (False, True), groups=1)[1]
     return (_pixels(g).T @ _pixels(x)).view_as(weight)
 
 
 def _pixels(x):
-    """Return the matrix of all pixels, (B·H·W, C)."""
+    """View images as a matrix with one pixel in each row, (B·H·W, C)."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 # ------------------------------------------------------------------------------------------------
 # Depthwise convolutions
 # ------------------------------------------------------------------------------------------------
-# The kernel is 3×3 or 5×5, of dilation 1 or 2. Padding leaves the size as it is or, at stride 2,
-# halves it.
+# The kernel is 3×3 or 5×5 with dilation 1 or 2. With the padding, stride 1 keeps the size of images
+# and stride 2 halves it.
 
 
 class _Depthwise(torch.autograd.Function):
@@ -400,10 +414,13 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, dilation = ctx.stride, ctx.dilation
         g_x = g_weight = None
-        if torch.is_grad_enabled():  # this backward pass will be differentiated
+        if torch.is_grad_enabled():  # for second derivatives
             padding = dilation * (weight.shape[3] // 2)
-            strides = [(n, n) for n in (stride, padding, dilation)]
-            return *_torch_gradients(ctx, g, x, weight, *strides, len(weight)), None, None
+            g_x, g_weight = _convolution_gradients(
+                g, x, weight, ctx.needs_input_grad[:2], stride=(stride, stride),
+                padding=(padding, padding), dilation=(dilation, dilation), groups=len(weight),
+            )
+            return g_x, g_weight, None, None
         g = _channels_last(g)
         if ctx.needs_input_grad[0]:
             g_x = _depthwise_input_gradient(g, x, weight, stride, dilation)
@@ -422,70 +439,76 @@ def _depthwise_input_gradient(g, x, weight, stride, dilation):
         return _depthwise(g, weight.flip(2, 3), 1, dilation)
     if dilation == 1:
         padding = weight.shape[3] // 2
-        padding, stride = (padding, padding), (stride, stride)
-        return _undilated_gradients(g, x, weight, stride, padding, (True, False))[0]
-    # At stride and dilation 2 the kernel reads every second pixel, as an undilated one at stride 1.
+        return _convolution_gradients(
+            g, x, weight, (True, False), stride=(stride, stride), padding=(padding, padding),
+            groups=len(weight),
+        )[0]
+    # With stride 2 and dilation 2, the kernel reads every second pixel, as an undilated kernel with
+    # stride 1 reads all pixels of the image that these form. The other pixels get no gradient.
     g_x = torch.zeros_like(x)
-    seen = _channels_last(x[:, :, ::2, ::2])
-    g_x[:, :, ::2, ::2] = _depthwise_input_gradient(g, seen, weight, 1, 1)
+    x = _channels_last(x[:, :, ::2, ::2])
+    g_x[:, :, ::2, ::2] = _depthwise_input_gradient(g, x, weight, 1, 1)
     return g_x
 
 
-# For the gradient of a weight, oneDNN has undilated kernels of up to 3 columns only, and torch's
-# others are up to 12 times slower. If `apart` neighboring pixels are viewed as the channels of one
-# pixel, columns that are `apart` pixels apart become adjacent, without a copy. The gradient of 5
-# columns is assembled from two gradients of 3 columns. At 64×16×32×32 this takes 0.6 of the time of
-# copies of shifted images (dilated: 0.4).
+# oneDNN computes weight gradients only of undilated kernels with up to 3 columns, and torch's code
+# for all others is up to 12 times slower. So their gradients are assembled from gradients of 3
+# columns that are `spacing` pixels apart. If `spacing` neighboring pixels are viewed as channels of
+# one pixel, which needs no copy, these columns become adjacent.
+#
+# At 64×16×32×32 this takes 0.6 times as long as computations with shifted copies of the images (0.4
+# times with dilation).
 
 
 def _depthwise_weight_gradient(g, x, weight, stride, dilation):
-    k = weight.shape[3]
-    if dilation == 2 and stride == 2:  # every second pixel, without dilation
-        x, dilation, stride = _channels_last(x[:, :, ::2, ::2]), 1, 1
-    if k == 3 and dilation == 1:
-        return _undilated_gradients(g, x, weight, (stride, stride), (1, 1), (False, True))[1]
-    if stride == 2:  # columns -2, 0, 2 of even pixels; -1, 1 (and 3) of odd ones
+    size = weight.shape[3]
+    if stride == 2 and dilation == 2:  # as in _depthwise_input_gradient
+        x, stride, dilation = _channels_last(x[:, :, ::2, ::2]), 1, 1
+    if size == 3 and dilation == 1:
+        return _convolution_gradients(
+            g, x, weight, (False, True), stride=(stride, stride), padding=(1, 1),
+            groups=len(weight),
+        )[1]
+    if stride == 2:  # 5×5, undilated
+        # A view of 2 pixels as one has stride 1 along rows. The kernel reads its even pixels in
+        # columns -2, 0 and 2, and its odd pixels in columns -1 and 1; column 3 is not used.
         g = _channels_last(torch.cat([g, g], dim=1))
-        even, odd = _three_columns(g, x, k, 1, 2, stride=(2, 1)).unbind()
+        even, odd = _three_columns(g, x, rows=5, dilation=1, spacing=2, stride=(2, 1))
         columns = even[..., 0], odd[..., 0], even[..., 1], odd[..., 1], even[..., 2]
         return torch.stack(columns, dim=3)
-    inner = _three_columns(g, x, k, dilation, dilation).sum(0)
-    if k == 3:
+    inner = _three_columns(g, x, size, dilation, spacing=dilation).sum(0)
+    if size == 3:
         return inner
-    outer = _three_columns(g, x, k, dilation, 2 * dilation).sum(0)
+    outer = _three_columns(g, x, size, dilation, spacing=2 * dilation).sum(0)
     return torch.cat([outer[..., :1], inner, outer[..., 2:]], dim=3)
 
 
-def _three_columns(g, x, rows, dilation, apart, stride=(1, 1)):
-    """Return weight gradients at columns -apart, 0 and apart: (apart, C, 1, rows, 3).
+def _three_columns(g, x, rows, dilation, spacing, stride=(1, 1)):
+    """Return weight gradients at columns -spacing, 0 and spacing: (spacing, C, 1, rows, 3).
 
-    There is one for each of the `apart` pixels that are viewed as one; their sum is the gradient.
+    Entry i of the first dimension is the contribution of every `spacing`-th pixel from the i-th on.
+    With stride (1, 1), the gradient is their sum.
     """
-    C, height = x.shape[1], dilation * (rows - 1) + 1  # undilated; some of its rows are used
+    channels = x.shape[1]
+    height = dilation * (rows - 1) + 1  # of an undilated kernel that contains all rows
     if stride == (1, 1):
-        g = _side_by_side(g, apart, height)
-        x = _side_by_side(x, apart, height)
+        g = _pixels_as_channels(g, spacing, height)
+        x = _pixels_as_channels(x, spacing, height)
     else:
-        x = _side_by_side(x, apart, 1)
-    weight = x.new_empty(apart * C, 1, height, 3)
-    padding = height // 2, 1
-    gradient = _undilated_gradients(g, x, weight, stride, padding, (False, True))[1]
-    return gradient.unflatten(0, (apart, C))[:, :, :, ::dilation]
+        x = _pixels_as_channels(x, spacing, 1)
+    weight = x.new_empty(spacing * channels, 1, height, 3)
+    gradient = _convolution_gradients(
+        g, x, weight, (False, True), stride=stride, padding=(height // 2, 1), groups=len(weight)
+    )[1]
+    return gradient.unflatten(0, (spacing, channels))[:, :, :, ::dilation]
 
 
-def _side_by_side(x, apart, height):
-    """View `apart` pixels of a row as one: (B, apart·C, H, W/apart)."""
+def _pixels_as_channels(x, spacing, height):
+    """View `spacing` pixels of a row as one: (B, spacing·C, H, W/spacing)."""
     B, C, H, W = x.shape
-    below, right = max(height + 1 - H, 0), -W % apart  # oneDNN has no fast kernel for low images
-    if below or right:
-        x = F.pad(x, (0, right, 0, below))
-    x = x.permute(0, 2, 3, 1).reshape(B, H + below, -1, apart * C)
+    pad_columns = -W % spacing
+    pad_rows = max(height + 1 - H, 0)  # oneDNN is only fast if images are higher than the kernel
+    if pad_rows or pad_columns:
+        x = F.pad(x, (0, pad_columns, 0, pad_rows))
+    x = x.permute(0, 2, 3, 1).reshape(B, H + pad_rows, -1, spacing * C)
     return x.permute(0, 3, 1, 2)
-
-
-def _undilated_gradients(g, x, weight, stride, padding, wanted, groups=None):
-    """Return the gradients of input and weight that are wanted; by default of a depthwise layer."""
-    return torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, (1, 1), False, (0, 0),
-        groups or len(weight), (*wanted, False),
-    )

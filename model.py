@@ -1,11 +1,11 @@
-"""Networks of a fixed genotype, for retraining and evaluation.
+"""Networks with a fixed genotype, for retraining and evaluation.
 
     import genotypes, model
     net = model.NetworkCIFAR(36, 10, 20, True, genotypes.ISTA_twostage)
     logits, logits_aux = net(images)            # images: float32, (batch, 3, 32, 32)
 
-A network is a stem, a row of cells and a classifier. `Skeleton` is that row; the supernet of
-`model_search.py` uses it too, with cells of its own.
+A network is a stem, a sequence of cells and a classifier. `Skeleton` contains them; the supernet in
+`model_search.py` uses it with other cells.
 """
 
 import math
@@ -22,10 +22,10 @@ from operations import FactorizedReduce, ReLUConvBN, build, drop_path
 class Skeleton(nn.Module):
     """Stem, cells, auxiliary head and classifier, as DARTS lays them out.
 
-    The cells at layers//3 and 2·layers//3 are reduction cells: they halve the resolution and
-    double the channels. The auxiliary head looks at the output of the later one.
+    Cells layers//3 and 2·layers//3 are reduction cells: they halve the resolution and double the
+    channels. The auxiliary head is applied to the output of the second one.
     make_cell(C_prev_prev, C_prev, C, reduction, reduction_prev) builds a cell. `drop_path_prob` is
-    the probability with which an operation's output is dropped for an image, in training mode.
+    the probability with which training drops the output of an operation for an image.
     """
 
     def __init__(self, C, num_classes, layers, auxiliary, make_cell, imagenet=False):
@@ -75,22 +75,23 @@ class Skeleton(nn.Module):
         return self._drop_path_prob
 
     @drop_path_prob.setter
-    def drop_path_prob(self, value):  # its size is on the device: no graph is made anew for it
-        self._drop_path_prob, self._drops_paths = value, value > 0
+    def drop_path_prob(self, value):
+        # A tensor on the device, so that CUDA graphs stay valid when the probability changes.
         self.keep_prob.fill_(1 - value)
+        self._drop_path_prob, self._drops_paths = value, value > 0
 
     def active_modules(self):
-        """Return all modules that a forward pass runs."""
+        """Return the modules that a forward pass runs."""
         return self.modules()
 
     def graph_key(self):
-        """Return what decides, besides shapes, which kernels a forward pass runs, by name."""
+        """Return, by name, what determines the kernels of a forward pass in addition to shapes."""
         return {"training mode": self.training, "drop-path": self._drops_paths}
 
     def forward(self, x, normal=(), reduce=()):                       # (B, 3, H, W)
-        """Logits of a batch, and those of the auxiliary head, or None without it or in evaluation.
+        """Return logits and auxiliary logits, which are None in evaluation or without such a head.
 
-        `normal` and `reduce` are what the cells of a type are given besides.
+        `normal` and `reduce` are further arguments of the normal and of the reduction cells.
         """
         if self.imagenet:
             s0 = self.stem0(x)                                        # (B, C, H/4, W/4)
@@ -108,9 +109,9 @@ class Skeleton(nn.Module):
 
 
 class PoolTo2x2(nn.Module):
-    """Average pooling to 2×2 pixels at any size.
+    """Average pooling to 2×2 pixels for any image size.
 
-    DARTS' windows of 5 are those of 8×8 pixels (CIFAR, stride 3) and of 7×7 (ImageNet, stride 2).
+    As in DARTS, the window is 5 for 8×8 pixels (CIFAR, stride 3) and 7×7 (ImageNet, stride 2).
     """
 
     def forward(self, x):
@@ -122,7 +123,7 @@ class PoolTo2x2(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier part of the way up, which shortens the path of the gradient."""
+    """A second classifier after two thirds of the cells, for shorter paths of the gradient."""
 
     def __init__(self, C, num_classes, imagenet=False):
         super().__init__()
@@ -133,7 +134,7 @@ class AuxiliaryHead(nn.Module):
             BatchNorm2d(128),
             ReLU(inplace=True),
             Conv2d(128, 768, 2, bias=False),
-            # DARTS' ImageNet head leaves this BatchNorm out, and published weights rely on it.
+            # DARTS omits this BatchNorm for ImageNet, and so published weights lack it.
             nn.Identity() if imagenet else BatchNorm2d(768),
             ReLU(inplace=True),
         )
@@ -144,7 +145,7 @@ class AuxiliaryHead(nn.Module):
 
 
 def preprocess(C_prev_prev, C_prev, C, reduction_prev, affine=True):
-    """The two layers that bring a cell's inputs to C channels and to the same resolution."""
+    """Build the two layers that give a cell's inputs C channels and the same resolution."""
     if reduction_prev:
         first = FactorizedReduce(C_prev_prev, C, affine)
     else:
@@ -153,7 +154,7 @@ def preprocess(C_prev_prev, C_prev, C, reduction_prev, affine=True):
 
 
 class Cell(nn.Module):
-    """A cell whose nodes each add up the outputs of their (operation, input node) pairs."""
+    """A cell whose nodes are sums over (operation, input node) pairs."""
 
     def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev, one_stage):
         super().__init__()
@@ -185,24 +186,24 @@ class Cell(nn.Module):
 
 
 class NetworkCIFAR(Skeleton):
-    """Network of a genotype for images of 32×32 pixels (also of other sizes).
+    """Network with a fixed genotype for images of 32×32 pixels (other sizes work, too).
 
     Parameters
     ----------
     C, num_classes, layers : int
-        Channels of the first cells, classes, number of cells.
+        Channels of the first cells, number of classes, number of cells.
     auxiliary : bool
-        Whether it has an auxiliary head, which runs in training mode only.
+        Whether to add an auxiliary head, which runs in training mode only.
     genotype : genotypes.Genotype
     one_stage : bool
-        Whether a BatchNorm follows each pool and each skip of stride 1, as in a network that
-        one-stage search has trained.
+        Whether a BatchNorm follows each pool and each skip of stride 1, as in networks trained by
+        one-stage search.
 
     Attributes
     ----------
     drop_path_prob : float
     config : dict
-        What `from_config` needs to build the network again.
+        Arguments from which `from_config` rebuilds the network.
     """
 
     def __init__(
@@ -219,10 +220,10 @@ class NetworkCIFAR(Skeleton):
 
 
 class NetworkImageNet(NetworkCIFAR):
-    """Network of a genotype for images of 224×224 pixels; parameters as in `NetworkCIFAR`.
+    """Network with a fixed genotype for images of 224×224 pixels.
 
-    Other sizes must be multiples of 32: the resolution is halved five times, and a
-    FactorizedReduce halves even sizes only.
+    Other sizes must be multiples of 32, because the resolution is halved five times and
+    FactorizedReduce requires even sizes. Parameters and attributes are those of `NetworkCIFAR`.
     """
 
     def __init__(self, C, num_classes, layers, auxiliary, genotype, one_stage=False):
@@ -230,25 +231,26 @@ class NetworkImageNet(NetworkCIFAR):
 
 
 def from_config(config):
-    """Build the network whose `config` this is."""
+    """Build a network from its `config`."""
     kwargs = {**config, "genotype": from_lists(config["genotype"])}
-    return (NetworkImageNet if kwargs.pop("imagenet") else NetworkCIFAR)(**kwargs)
+    network = NetworkImageNet if kwargs.pop("imagenet") else NetworkCIFAR
+    return network(**kwargs)
 
 
 def load(path):
-    """The trained network in a file that `train.py` or one-stage search has written.
+    """Load a trained network from a file written by `train.py` or one-stage search.
 
     Parameters
     ----------
     path : str
-        Of a network.pt, or of the checkpoint.pt of a training.
+        Path of a network.pt, or of the checkpoint.pt of a training run.
 
     Returns
     -------
     net : NetworkCIFAR or NetworkImageNet
-        On the CPU, in evaluation mode: `logits, _ = net(x)`.
+        On the CPU and in evaluation mode: `logits, _ = net(x)`.
     about : dict
-        `classes`, the name of each label; `mean` and `std`, for `data.normalize`; `image_size`;
+        `classes`, the names of the labels; `mean` and `std`, for `data.normalize`; `image_size`;
         accuracies.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)

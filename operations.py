@@ -4,10 +4,11 @@
     y = op(x)                                   # x, y: (B, C, H, W)
     y = weighted(op, x, w)                      # w · op(x)
 
-Every operation is a plain module, tensor in, tensor out. Paste in your own: it needs no argument
-`pair_weight`. An operation that has one must return pair_weight times its output; `weighted` then
-passes the weight of the pair on to the last BatchNorm, where it costs nothing. Module and parameter
-names are those of DARTS, so that its checkpoints load.
+Every operation is a module that maps one tensor to another. Its `forward` may have an argument
+`pair_weight`, the weight of an (edge, operation) pair, and must then multiply its output by it. The
+operations here pass it to their last BatchNorm, where the multiplication costs nothing. Your own
+operations do not need this argument. Module and parameter names are those of DARTS, so that its
+checkpoints load.
 """
 
 from torch import nn
@@ -29,7 +30,7 @@ class ReLUConvBN(nn.Module):
 
 
 class SepConv(nn.Module):
-    """Depthwise-separable convolution, applied twice; the first has the stride."""
+    """Depthwise-separable convolution, applied twice; the first one has the stride."""
 
     def __init__(self, C, kernel_size, stride, affine=True):
         super().__init__()
@@ -67,10 +68,7 @@ class DilConv(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halves the resolution: two 1×1 convolutions of stride 2, one pixel apart, side by side.
-
-    The stride is in `diagonals`, which returns what the two convolutions read.
-    """
+    """Halve the resolution: concatenate two 1×1 convolutions of stride 2, one pixel apart."""
 
     def __init__(self, C_in, C_out, affine=True):
         super().__init__()
@@ -80,12 +78,13 @@ class FactorizedReduce(nn.Module):
         self.bn = BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x, pair_weight=None):                           # (B, C_in, H, W)
+        # `diagonals` applies the stride, so the convolutions have stride 1.
         even, odd = diagonals(self.relu(x))                           # (B, C_in, H/2, W/2)
         x = concat([self.conv_1(even), self.conv_2(odd)])             # (B, C_out, H/2, W/2)
         return weighted(self.bn, x, pair_weight)
 
 
-# Each takes the channels, the stride and whether its BatchNorms have γ and β.
+# Constructors: channels, stride, and whether BatchNorms have γ and β (affine).
 OPS = {
     "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride, 1),
     "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, 1, count_include_pad=False),
@@ -101,8 +100,8 @@ OPS = {
 def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=False):
     """Build an operation of the search space: (B, C, H, W) → (B, C, H/stride, W/stride).
 
-    `affine`: whether its BatchNorms have γ and β. `norm_pools`, `norm_skips`: whether a BatchNorm
-    is appended to pools, and to skips of stride 1.
+    `affine`: whether BatchNorms have γ and β. `norm_pools`, `norm_skips`: whether to append a
+    BatchNorm to pools, and to skips of stride 1.
     """
     op = OPS[primitive](C, stride, affine)
     is_pool, is_identity = "_pool_" in primitive, isinstance(op, nn.Identity)
@@ -112,15 +111,15 @@ def build(primitive, C, stride, *, affine=True, norm_pools=False, norm_skips=Fal
 
 
 def last_norm(op):
-    """The BatchNorm that an operation ends in: the last of its layers of that kind, or None."""
+    """Return the last BatchNorm of an operation, or None if it has none."""
     norms = [layer for layer in op.modules() if isinstance(layer, nn.BatchNorm2d)]
     return norms[-1] if norms else None
 
 
 def drop_path(x, keep):
-    """Keep each sample of x (B, C, H, W) with probability `keep`, rescaled by 1/keep; drop others.
+    """Keep each sample of x with probability `keep` and scale it by 1/keep; set others to zero.
 
-    Source: Larsson, Maire, Shakhnarovich, FractalNet, ICLR 2017; as DARTS uses it.
+    (Larsson, Maire, Shakhnarovich, FractalNet, ICLR 2017, as used in DARTS.)
     """
     mask = x.new_empty(len(x), 1, 1, 1).bernoulli_(keep)              # (B, 1, 1, 1)
     return x * (mask / keep)

@@ -10,15 +10,15 @@
 
 The recipe is that of DARTS: SGD with a cosine learning rate, cutout, an auxiliary head, and a
 drop-path probability that rises with the epochs; for ImageNet, a linear learning rate and label
-smoothing. The network after the last epoch is in network.pt, the best of all epochs in
-network-best.pt. Nothing is selected by the test accuracy but that name.
+smoothing. network.pt holds the network after the last epoch, network-best.pt that of the epoch with
+the best test accuracy. Nothing else is selected by the test accuracy.
 """
 
 import os
 import shlex
 
-# Must be set before torch is imported. OpenMP threads that wait for each other then sleep after 5,000
-# spins instead of 300,000, because on a busy machine spinning threads keep others from the cores.
+# Must be set before torch is imported. OpenMP threads that wait for each other then sleep after
+# 5,000 spins instead of 300,000: on a busy machine, spinning threads keep others from the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -50,7 +50,7 @@ def main(args):
     source = checkpoints.read_weights(args.weights) if args.weights else None
     if source:
         use_data_of(source["args"], args)
-    run = runs.Run("train", args)  # nothing is written before `run.begin`
+    run = runs.Run("train", args)  # writes nothing before `run.begin`
     args, checkpoint = run.args, run.checkpoint
     source = checkpoint or source
     config = network_config(args, source)
@@ -59,7 +59,7 @@ def main(args):
     memory_format = utils.memory_format(device, args.amp)
 
     train, test = load_images(run, device, config, source)
-    options = dict(distributed.place(), generator=generator, memory_format=memory_format)
+    options = dict(distributed.rank_and_size(), generator=generator, memory_format=memory_format)
     test_batches = test.batches(utils.evaluation_batch(args, device), train=False, **options)
     top5 = args.dataset == "imagenet" and len(test.classes) > 5
 
@@ -79,24 +79,24 @@ def main(args):
             f"multiply-adds an image, both without the auxiliary head; device: {device}")
     if args.evaluate:
         measured = utils.evaluate(net, test_batches, args.amp, top5)
-        run.log(f"{told(measured)}, loss {measured[0]:.4f}, on {told_images(test, args)}")
-        run.say()
+        row = utils.name_metrics(measured, "test")
+        run.log(f"{format_accuracy(row)}, loss {row['test_loss']:.4f}, on "
+                f"{describe_test_set(test, args)}")
+        run.print_pending()
         return
 
     cutout_length = args.cutout_length if args.cutout else 0
     batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
-    optimizer = utils.SGD(
-        net.parameters(), args.learning_rate, args.momentum, args.weight_decay
-    )
+    optimizer = utils.sgd(net.parameters(), args)
     checkpoints.record_built_numbers(optimizer)
     graphs_enabled = use_graphs(args.cuda_graphs, device)
-    epoch, best = 0, -1.0
+    epoch, best, row = 0, -1.0, {}
     if checkpoint:
-        epoch, best = checkpoint["epoch"], checkpoint["best"]
+        epoch, best, row = (checkpoint[name] for name in ("epoch", "best", "row"))
         checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
         checkpoints.set_random_state(checkpoint["random"], generator, args.seed, epoch, run.log)
     genotype = genotypes.from_lists(config["genotype"])
-    run.log(f"genotype = {genotype}", whole=True)
+    run.log(f"genotype = {genotype}", wrap=False)
     run.begin(device, columns(top5))
     run.save_genotype(genotype, config["one_stage"], arch=args.arch)
     parallel = distributed.data_parallel(net, [*net.parameters()], static=True)
@@ -106,13 +106,14 @@ def main(args):
         utils.set_learning_rate(optimizer, factor)
         epoch += 1
         with run.epoch(
-            epoch, f"{epoch}/{args.epochs}", batches, (args.epochs - epoch, False),
+            epoch, f"{epoch}/{args.epochs}", batches, args.epochs - epoch,
             learning_rate=factor * optimizer.param_groups[0]["initial_lr"],
             drop_path_prob=net.drop_path_prob,
             parameters=parameters, multiply_adds=multiply_adds,
         ) as row:
-            row |= train_epoch(parallel, batches, optimizer, run, graphs_enabled)
-            row |= utils.named(utils.evaluate(net, test_batches, args.amp, top5), "test")
+            row.update(train_epoch(parallel, batches, optimizer, run, graphs_enabled))
+            measured = utils.evaluate(net, test_batches, args.amp, top5)
+            row.update(utils.name_metrics(measured, "test"))
             is_best, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
             row["best_accuracy"] = best
         about = dict(run.describe(train), epoch=epoch, test_accuracy=row["test_accuracy"])
@@ -124,19 +125,18 @@ def main(args):
             about=about,
         )
 
-    measured = utils.evaluate(net, test_batches, args.amp, top5)
-    about = dict(run.describe(train), epoch=epoch, **utils.named(measured, "test"))
-    run.save_network("network.pt", net, **about)
+    measured = {name: value for name, value in row.items() if name.startswith("test_")}
+    run.save_network("network.pt", net, **run.describe(train), epoch=epoch, **measured)
     run.draw(visualize.draw_run)
-    run.log(f"{told(measured)} after the last epoch (network.pt); test accuracy {best:.2f} % in "
-            "the best one (network-best.pt)")
-    run.log("to measure the network again:")
+    run.log(f"{format_accuracy(row)} after the last epoch (network.pt); test accuracy {best:.2f} % "
+            "in the best one (network-best.pt)")
+    run.log("to evaluate the network again:")
     weights = shlex.quote(run.file("network.pt"))
-    run.log(f"    python train.py --evaluate --weights {weights}{' --amp' * args.amp}", whole=True)
+    run.log(f"    python train.py --evaluate --weights {weights}{' --amp' * args.amp}", wrap=False)
 
 
 def train_step(net, x, y, optimizer, args):
-    """One step of SGD."""
+    """Update the weights on a batch."""
     with speedups.autocast(net, x.device, args.amp):
         logits, logits_aux = net(x)
     loss, total = utils.criterion(logits, logits_aux, y, args)
@@ -148,37 +148,37 @@ def train_step(net, x, y, optimizer, args):
 
 
 def train_epoch(net, batches, optimizer, run, graphs_enabled=False):
-    """A step on each batch; returns loss and accuracy. `net` averages gradients over the ranks."""
-    plain = distributed.unwrapped(net)
-    meter = utils.Meter(next(plain.parameters()).device)
-    graphs = StepGraphs(plain, graphs_enabled, run.warn)
+    """Update the weights on each batch; return loss and accuracy."""
+    module = distributed.unwrapped(net)
+    meter = utils.Meter(next(module.parameters()).device)
+    graphs = StepGraphs(module, graphs_enabled, run.warn)
     net.train()
     for x, y in batches:
         loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
         meter.add(loss, logits, y)
         run.progress.step(meter)
-    distributed.average_statistics(plain)
-    return utils.named(meter.read(), "train")
+    distributed.average_statistics(module)
+    return utils.name_metrics(meter.read(), "train")
 
 
 def schedule(args, epoch):
-    """Share of the initial learning rate, and drop-path probability, of an epoch from 0."""
+    """Factor of the initial learning rate, and drop-path probability, of an epoch from 0."""
     if args.dataset == "imagenet":
-        share = utils.warm_up_linear(epoch, args.epochs)
+        factor = utils.linear_with_warm_up(epoch, args.epochs)
     else:
-        share = utils.cosine(epoch, args.epochs, args.learning_rate_min / args.learning_rate)
-    return share, args.drop_path_prob * epoch / args.epochs
+        factor = utils.cosine(epoch, args.epochs, args.learning_rate_min / args.learning_rate)
+    return factor, args.drop_path_prob * epoch / args.epochs
 
 
 # ------------------------------------------------------------------------------------------------
-# What is trained, and what is said of it
+# Data, network and results
 # ------------------------------------------------------------------------------------------------
 
 
 def load_images(run, device, config, source):
-    """Training images (None for an evaluation) and test images, for a network of a configuration.
+    """Return training images (None for an evaluation) and test images.
 
-    A network is evaluated with the class names, mean and standard deviation of its training.
+    Evaluations use the class names, mean and standard deviation of the training images.
     """
     args = run.args
     about = source["about"] if source and args.evaluate else {}
@@ -189,14 +189,14 @@ def load_images(run, device, config, source):
             test_only=bool(about),
         )
     if about:
-        return None, test.as_seen_by(about["classes"], about["mean"], about["std"])
+        return None, test.for_network(about["classes"], about["mean"], about["std"])
     if args.evaluate:
-        run.log("the file does not say by which mean and standard deviation images are to be "
-                "normalised, nor the order of its classes: those of this data set are taken")
+        run.log("the file lacks mean and standard deviation of the training images and the order "
+                "of the classes: those of this data set are used")
     if config.setdefault("num_classes", len(test.classes)) != len(test.classes):
         raise utils.UserError(
-            f"the network tells {config['num_classes']} classes apart, but {args.dataset} has "
-            f"{len(test.classes)}: give its --dataset and --data"
+            f"the network has {config['num_classes']} classes, but {args.dataset} has "
+            f"{len(test.classes)}: give the --dataset and --data of the network"
         )
     if args.evaluate:
         return None, test
@@ -206,46 +206,47 @@ def load_images(run, device, config, source):
         published = published_setting(vars(args))
         flags.fit_to_data(args, len(train), published, distributed.world_size(), run.log)
     if device.type == "cpu" and args.init_channels >= RETRAINING["init_channels"]:
-        run.log("there is no CUDA device: the published recipe takes weeks on a small CPU; "
-                "fewer --init_channels, --layers and --epochs help")
+        run.log("without a CUDA device, the published recipe takes weeks; reduce "
+                "--init_channels, --layers and --epochs")
     return train, test
 
 
 def use_data_of(saved, args):
-    """Take the data that a network was trained on, and the recipe for them, for what is not typed.
+    """Use the data set of a saved network and its published setting, except for typed flags.
 
-    `saved` are the arguments of the run that the network is from, or none.
+    `saved` has the flags of the run that trained the network; it is empty if they are unknown.
     """
-    known = {name: saved[name] for name in ("dataset", "data", "image_size") if name in saved}
+    of_data = {name: saved[name] for name in ("dataset", "data", "image_size") if name in saved}
     typed = {name: getattr(args, name) for name in args.typed}
-    vars(args).update({**published_setting({**known, **typed}), **known, **typed})
+    published = published_setting({**of_data, **typed})
+    vars(args).update({**published, **of_data, **typed})
     check(args)
 
 
 def network_config(args, source):
-    """The configuration of the network that the arguments, or a file of weights, describe.
+    """Return the configuration of the network, from the flags or from a file of weights.
 
-    `source` is what `checkpoints.read_weights` found, or the checkpoint of a resumed run. The
-    arguments get the network's init_channels, layers and auxiliary; a typed one that contradicts it
-    is a UserError. `num_classes` is missing where the data has to tell.
+    `source` is a dict of `checkpoints.read_weights`, a checkpoint, or None. The flags get the
+    values of the file; a typed flag that contradicts it is an error. `num_classes` is missing if
+    it depends on the data.
     """
-    config, path = dict(source["config"]) if source else {}, args.resume or args.weights
-    try:
-        genotypes.from_lists(config.get("genotype", genotypes.as_lists(genotypes.draw(0))))
-    except ValueError as error:  # an operation that is not among PRIMITIVES now, say
-        raise utils.UserError(f"{path}: {error}") from None
-    if args.arch and not args.resume:  # a resumed run has its genotype in the checkpoint
+    path = args.resume or args.weights
+    config = dict(source["config"]) if source else {}
+    if "genotype" in config:
+        try:
+            genotypes.from_lists(config["genotype"])
+        except ValueError as error:  # for example an operation that is no longer in PRIMITIVES
+            raise utils.UserError(f"{path}: {error}") from None
+    elif not args.arch:
+        raise utils.UserError(f"{path} does not contain the genotype of its weights: give --arch")
+    if args.arch and not args.resume:
         genotype, one_stage = read_arch(args.arch)
-        named = dict(genotype=genotypes.as_lists(genotype), one_stage=one_stage)
-        if config.setdefault("genotype", named["genotype"]) != named["genotype"]:
+        lists = genotypes.as_lists(genotype)
+        if config.setdefault("genotype", lists) != lists:
             raise utils.UserError(
                 f"--arch {args.arch} is not the genotype in {path}: leave it out"
             )
-        config = {**named, **config}
-    elif "genotype" not in config:
-        raise utils.UserError(
-            f"{path} does not say what genotype its weights are for: give --arch"
-        )
+        config.setdefault("one_stage", one_stage)
     for flag, key in (("init_channels", "C"), ("layers", "layers")):
         value = getattr(args, flag)
         if flag in args.typed and config.get(key, value) != value:
@@ -257,17 +258,18 @@ def network_config(args, source):
         if flag in args.typed:
             config[flag] = getattr(args, flag)
     args.auxiliary = config.setdefault("auxiliary", args.auxiliary)
-    is_for_imagenet = args.dataset == "imagenet"
-    if config.setdefault("imagenet", is_for_imagenet) != is_for_imagenet:
+    is_imagenet = args.dataset == "imagenet"
+    if config.setdefault("imagenet", is_imagenet) != is_imagenet:
         raise utils.UserError(
-            f"{path} is a network for {'imagenet' if config['imagenet'] else 'CIFAR'}, "
-            f"with another stem than those for {args.dataset}: give its --dataset and --data"
+            f"{path} is a network for {'imagenet' if config['imagenet'] else 'CIFAR'}, which has "
+            f"another stem than those for {args.dataset}: give the --dataset and --data of the "
+            "network"
         )
     return config
 
 
 def read_arch(arch):
-    """`genotypes.load`, with UserError for what is wrong."""
+    """Load the genotype of --arch."""
     try:
         return genotypes.load(arch)
     except (ValueError, OSError) as error:
@@ -275,21 +277,21 @@ def read_arch(arch):
 
 
 def cost(net, image_size):
-    """Parameters, and multiply-adds of an image; both without the auxiliary head.
+    """Numbers of parameters and of multiply-adds per image, without the auxiliary head.
 
-    Multiply-adds are those of convolutions and linear layers, counted on the meta device, where
-    nothing is computed.
+    Multiply-adds are those of convolutions and linear layers, counted on the meta device.
     """
     parameters = sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name)
     with torch.device("meta"):
-        twin, image = model.from_config(net.config).eval(), torch.empty(1, 3, *2 * [image_size])
+        twin = model.from_config(net.config).eval()
+        image = torch.empty(1, 3, image_size, image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(image)
     return parameters, counter.get_total_flops() // 2  # a multiply-add is two operations
 
 
 def columns(top5):
-    """Columns of the log's table: the head of each, and its text for the row of an epoch."""
+    """Columns of the log: heading, and format string for the row of an epoch."""
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
         "train %": "{train_accuracy:.2f}", "test loss": "{test_loss:.3f}",
@@ -298,18 +300,22 @@ def columns(top5):
     }
 
 
-def told(measured):
-    """Loss, accuracy and maybe top-5 accuracy, in words."""
-    _, accuracy, *top5 = measured
+def format_accuracy(row):
+    """Accuracy and error on the test set, and the top-5 accuracy if it was measured."""
+    accuracy = row["test_accuracy"]
     text = f"test accuracy {accuracy:.2f} %, error {100 - accuracy:.2f} %"
-    return text + "".join(f", top-5 accuracy {value:.2f} %" for value in top5)
+    if "test_top5_accuracy" in row:
+        text += f", top-5 accuracy {row['test_top5_accuracy']:.2f} %"
+    return text
 
 
-def told_images(test, args):
-    """How many images of what an evaluation was on, in words."""
-    absent = test.counts().count(0)
-    without = f" ({absent} of the {len(test.classes)} classes have none)" if absent else ""
-    return f"{len(test)} images of {args.dataset}{without}"
+def describe_test_set(test, args):
+    """The number of test images, and the number of classes without any."""
+    text = f"{len(test)} images of {args.dataset}"
+    empty = test.counts().count(0)
+    if empty:
+        text += f" ({empty} of the {len(test.classes)} classes have none)"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------
@@ -318,46 +324,46 @@ def told_images(test, args):
 
 
 def published_setting(typed):
-    """The published setting of the data set that the typed flags name."""
+    """The published setting that the typed flags select."""
     return IMAGENET if typed.get("dataset") == "imagenet" else RETRAINING
 
 
 def get_args_parser():
     parser = flags.Parser("train.py", __doc__, published_setting, check)
-    flags.add_shared(parser, [*data.DATASETS, "imagenet"])
+    flags.add_common_flags(parser, [*data.DATASETS, "imagenet"])
     group = parser.add_argument_group("what to train or evaluate")
     group.add_argument(
         "--arch", metavar="GENOTYPE",
         help="a published name, random:SEED, random:SEED:distinct, a genotype.json, a text "
         "'Genotype(...)' or a file that holds one")
-    parser.switch(group, "one_stage",
+    parser.add_switch(group, "one_stage",
                   "put a BatchNorm after pools and skips, whatever the genotype says")
     group.add_argument(
-        "--weights", type=flags.name, metavar="FILE",
+        "--weights", type=flags.nonempty, metavar="FILE",
         help="start from the weights in a network.pt, a checkpoint.pt or a plain state dict "
-        "(the latter needs --arch)")
+        "(a plain state dict also needs --arch)")
     group.add_argument(
         "--evaluate", action="store_true",
-        help="measure the network of --weights or --resume on the test set, and do nothing else")
+        help="evaluate the network of --weights or --resume on the test set, and do not train")
     parser.show_defaults({"cifar": RETRAINING, "imagenet": IMAGENET})
     return parser
 
 
 def check(args):
-    """Raise UserError on flags that cannot be right."""
-    flags.check_shared(args)
+    """Raise UserError if flags cannot be right."""
+    flags.check_common_flags(args)
     if args.arch is not None:
         read_arch(args.arch)
     if args.weights is not None:
         flags.check_file("--weights", args.weights)
     if args.resume and (args.weights or args.arch):
-        raise utils.UserError("--resume brings its own network: leave out --weights and --arch")
+        raise utils.UserError("--resume has its own network: leave out --weights and --arch")
     if args.evaluate and not (args.weights or args.resume):
         raise utils.UserError(
-            "--evaluate needs the network to measure: --weights FILE or --resume RUN"
+            "--evaluate needs a network: give --weights FILE or --resume RUN"
         )
     if args.evaluate and args.save:
-        raise utils.UserError("--evaluate makes no folder: leave out --save")
+        raise utils.UserError("--evaluate creates no folder: leave out --save")
     if not (args.arch or args.weights or args.resume):
         raise utils.UserError(
             "--arch is missing: give a genotype.json that search.py wrote, or one of "

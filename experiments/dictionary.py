@@ -3,42 +3,40 @@
     python experiments/dictionary.py --quick                                       # seconds
     python experiments/dictionary.py --out numbers.json --picture dictionary.png   # minutes
 
-What is simulated. A node has n = 14, 21, 28 or 35 pairs (edge, operation), by turns, each with a
-merit v ~ N(0, 1). A pair that has run for t steps is worth v − 2 exp(−t / 300) as yet, for its
-operation has to learn. As in a search, z = argmin ½‖Az − b‖² + λ‖z‖₁, the two entries largest in
-|z| (ties to the smaller index) are the support S, and w = A_Sᵀb − (A_SᵀA_S − I) z_S. In each step
-Adam moves b (rate 6e-4, betas 0.5 and 0.999, weight decay 1e-3) by the gradient of a loss through
-this w, with z held constant; to each of the two entries of the gradient in w comes normal noise of
-twice its size. b begins at 1e-3 N(0, 1); z and S are recovered after each epoch of 98 steps, 50
-times. λ = 1e-5, m = 7. The loss is one of
+Simulation. A node has n = 14, 21, 28 or 35 pairs (edge, operation), each with a merit v ~ N(0, 1).
+A pair that has run for t steps is worth v − 2 exp(−t / 300), because its operation has to learn. As
+in a search, z = argmin ½‖Az − b‖² + λ‖z‖₁, the two entries with the largest |z| (ties go to the
+smaller index) are the support S, and w = A_Sᵀb − (A_SᵀA_S − I) z_S. Each step updates b by Adam
+(learning rate 6e-4, betas 0.5 and 0.999, weight decay 1e-3) with the gradient of a loss through w,
+with z constant. Each entry of the gradient in w gets normal noise of twice its size. b starts at
+1e-3 N(0, 1); z and S are recovered after each of 50 epochs of 98 steps. λ = 1e-5, m = 7. Losses:
 
-    shares     −Σ a v with a = w² / Σ w²: the scale of w is free, as before a BatchNorm
-    sizes      −Σ |w| v: it is not, and w has no bound
-    squares    Σ (w − v)²: it is not, and w has an aim
+    shares     −Σ a v with a = w² / Σ w²: invariant to the scale of w, like a BatchNorm
+    sizes      −Σ |w| v: w is unbounded
+    squares    Σ (w − v)²: w has a target
 
-A loss knows nothing but the merits, so what such a search misses is the fault of A, b and the
-recoveries. Nodes do not touch each other, and two pairs may share an edge. Chance is 50 %; figures
-are means ± standard errors over nodes (of `loser`: over the pairs that left). All points have the
-same seed, so the same merits and, if m is the same, the same first b. The tables:
+The loss depends on the merits alone, so the search can only fail because of A, b and the recovery.
+Nodes are independent, and two pairs may have the same edge. Figures are means ± standard errors
+over nodes (for `loser`: over replaced pairs). All settings have the same seed, so the same merits
+and, if m is the same, the same initial b. Tables:
 
-    keeps      Random problems, b ~ N(0, 1): each coordinate of b moves by 0.07 ‖b‖ as Adam moves it
-               where one of the two |w| is to rise and the other to fall. Of A: the norm of a
-               column (norm), the |cosine| of two (cosine) and the root mean square of AᵀA off its
-               diagonal (crosstalk). Then, in %: how often w and z differ in sign (opposite); the
-               change of |z|, of the one less the other, as a share of that of |w|, a median
-               (kept); how often one of the two leaves (leaves); how often that is the one that
-               was to fall (loser). λ = 1e-4 λ_max where no other is named: λ_max = ‖Aᵀb‖∞ is the
-               least at which z = 0. Codes with less than two nonzero entries are left out.
-    searches   Idealised searches. In %: where the merit of a node's two pairs, their sum, stands
-               among all choices of two of its pairs, after the first recovery (first) and after
-               the last (last); where the last sum over eight nodes, those of two cells, stands
-               among 2,000 random choices (cells); the pairs of a node that ever ran (ran); how
-               often, when one of the two left, it was the one whose |w| had fallen against the
-               other's (loser).
-    scale      The same for columns of one norm each: entries uniform on [0, 1), centred (these
-               less 1/2) or normal, then scaled.
-    factors    The same with one thing changed at a time. With the loss `squares` merit is v², for
-               at its least this loss is the sum of v² over the pairs that do not run.
+    keeps      Random problems, b ~ N(0, 1): each coordinate of b moves by 0.07 ‖b‖, in the
+               direction in which Adam moves it to increase one |w| and decrease the other.
+               norm: of a column; cosine: mean |cosine| of two columns; crosstalk: root mean square
+               of the off-diagonal entries of AᵀA. In %: opposite: entries of w and z with different
+               signs; kept: change of |z|, one less the other, relative to that of |w|, a median;
+               leaves: cases in which one of the two leaves S; loser: those in which it is the one
+               to be decreased. λ = 1e-4 λ_max by default, λ_max = ‖Aᵀb‖∞ being the smallest λ with
+               z = 0. Codes with fewer than two nonzero entries are skipped.
+    searches   Idealised searches. Percentiles of the sum of the merits of S among all choices of
+               two pairs of the node, after the first recovery (first) and after the last (last),
+               and of the last sum over eight nodes among 2,000 random choices (cells); chance is
+               50. In %: pairs of a node that ever ran (ran); cases in which the one pair that was
+               replaced was the one whose |w| had risen less (loser).
+    scale      The same with columns of one norm: entries uniform on [0, 1), centred (uniform less
+               1/2) or normal, then scaled.
+    factors    The same with one change at a time. With the loss `squares`, the merit is v², because
+               the minimum of this loss is the sum of v² over the pairs outside of S.
 """
 
 import io
@@ -50,6 +48,7 @@ from typing import NamedTuple
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -59,22 +58,22 @@ from utils import UserError, write_file
 
 EPOCH = 98  # steps: half of CIFAR-10's training images in batches of 256
 RATE, BETAS, DECAY, EPSILON = 6e-4, (0.5, 0.999), 1e-3, 1e-8  # of Adam
-CELLS = 8  # nodes of a normal and a reduction cell
-TWO_DIGITS = "norm", "cosine", "crosstalk"  # columns; all others are in %
+NODES = 8  # of a normal and a reduction cell together
+TWO_DIGITS = "norm", "cosine", "crosstalk"  # columns; the others are in %
 
 
 class Setting(NamedTuple):
-    """All that the tables change; the defaults are as released."""
+    """Parameters of a problem or a search; the defaults are those of the released code."""
 
-    distribution: str = "uniform"  # of A: uniform on [0, 1), centred (that less 1/2), or normal
-    factor: float = 1.0  # of A
-    norm: float | None = None  # to which each column of A is scaled
+    distribution: str = "uniform"  # of A: uniform on [0, 1), centred (uniform less 1/2) or normal
+    factor: float = 1.0  # A is multiplied by it
+    norm: float | None = None  # each column of A is scaled to it
     m: int = 7
     lam: float = 1e-5
-    relative: bool = False  # lam is a share of λ_max
-    every: int = EPOCH  # steps from one recovery to the next
+    relative: bool = False  # whether lam is relative to λ_max
+    every: int = EPOCH  # steps between two recoveries
     noise: float = 2.0
-    fixed: bool = False  # noise is a standard deviation itself, not a multiple of the gradient
+    fixed: bool = False  # whether noise is a standard deviation, not relative to the gradient
     loss: str = "shares"
 
 
@@ -85,7 +84,7 @@ DICTIONARIES = {
     "normal, norm 1": {"distribution": "normal", "norm": 1.0},
     "N(0, 1/7)": {"distribution": "normal", "factor": 7**-0.5},
 }
-NORMS = 0.25, 0.58, 1.0, 1.53, 2.65  # 0.58, 1.53, 2.65: of uniform × 0.378, uniform and N(0, 1)
+NORMS = 0.25, 0.58, 1.0, 1.53, 2.65  # 0.58, 1.53, 2.65: those of uniform × 0.378, uniform, N(0, 1)
 SHARES = {f"λ = {share:g} λ_max": {"lam": share, "relative": True} for share in (0.1, 0.3)}
 LENGTHS = {f"m = {m}": {"m": m} for m in (4, 14)}
 FACTORS = {
@@ -101,7 +100,7 @@ FACTORS = {
 
 
 def settings():
-    """The rows of each table, by name."""
+    """Return the settings of each table by name."""
     base = {name: Setting(**change) for name, change in DICTIONARIES.items()}
     keeps = {name: one._replace(lam=1e-4, relative=True) for name, one in base.items()}
     for name in ("uniform", "normal, norm 1"):
@@ -120,18 +119,18 @@ def settings():
 def get_args_parser():
     parser = flags.Parser(prog="dictionary.py", description=__doc__, check=check)
     parser.add_argument("--quick", action="store_true", default=False,
-                        help="64 nodes, and no more than the tables keeps and searches")
+                        help="64 nodes, and only the tables keeps and searches")
     parser.add_argument("--tables", nargs="+", choices=[*settings()], metavar="TABLE",
-                        help="only these")
-    parser.add_argument("--nodes", type=flags.whole(2 * CELLS), default=640, metavar="N",
-                        help="of a search, a multiple of 8; the table keeps has 4 N problems")
-    parser.add_argument("--epochs", type=flags.whole(1), default=50, metavar="N",
-                        help="of a search")
-    parser.add_argument("--seed", type=flags.whole(0), default=0, metavar="N",
-                        help="of every point")
-    parser.add_argument("--out", type=flags.name, metavar="FILE.json",
-                        help="keep all numbers there, and the course of searches by epoch")
-    parser.add_argument("--picture", type=flags.name, metavar="FILE.png",
+                        help=f"of {', '.join(settings())} (default: all)")
+    parser.add_argument("--nodes", type=flags.integer(2 * NODES), default=640, metavar="N",
+                        help="nodes of a search, a multiple of 8; the table keeps has 4 N problems")
+    parser.add_argument("--epochs", type=flags.integer(1), default=50, metavar="N",
+                        help="epochs of a search")
+    parser.add_argument("--seed", type=flags.integer(0), default=0, metavar="N",
+                        help="seed of each setting")
+    parser.add_argument("--out", type=flags.nonempty, metavar="FILE.json",
+                        help="write all numbers, those of searches for each epoch")
+    parser.add_argument("--picture", type=flags.nonempty, metavar="FILE.png",
                         help="draw the table searches by epoch")
     parser.show_defaults({})
     return parser
@@ -141,69 +140,72 @@ def check(args):
     if args.quick and "nodes" not in args.typed:
         args.nodes = 64
     args.tables = args.tables or [*settings()][: 2 if args.quick else None]
-    if args.nodes % CELLS:
-        raise UserError(f"--nodes must be a multiple of {CELLS}, not {args.nodes}")
+    if args.nodes % NODES:
+        raise UserError(f"--nodes must be a multiple of {NODES}, not {args.nodes}")
     if args.picture and "searches" not in args.tables:
-        raise UserError("--picture draws the table searches: name it in --tables")
+        raise UserError("--picture draws the table searches: add it to --tables")
     for path in (args.out, args.picture):
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(f"{path}: there is no such folder")
 
 
 # ------------------------------------------------------------------------------------------------
-# Dictionaries, and what a recovery keeps
+# Dictionaries and single recoveries
 # ------------------------------------------------------------------------------------------------
 
 
-def draw(setting, n, rng):
-    """A dictionary of n columns."""
+def draw_dictionary(setting, n, rng):
     size = setting.m, n
     A = rng.standard_normal(size) if setting.distribution == "normal" else rng.random(size)
-    A = setting.factor * (A - 0.5 if setting.distribution == "centred" else A)
+    if setting.distribution == "centred":
+        A = A - 0.5
+    A = setting.factor * A
     return A if setting.norm is None else setting.norm * A / np.linalg.norm(A, axis=0)
 
 
 def recover(setting, A, b, z0=None):
-    """The code of b, and its support."""
+    """Return the code of b and its support."""
     lam = setting.lam * (np.abs(A.T @ b).max() if setting.relative else 1.0)
     z = ista.recover(A, b, lam, z0=z0).z
     return z, np.argsort(-np.abs(z), kind="stable")[:2]
 
 
-def keep(setting, A, b, first_rises):
-    """What the table keeps counts in one problem: opposite, kept, leaves, loser."""
+def measure_recovery(setting, A, b, first_rises):
+    """Return opposite, kept, leaves and loser of one problem; see the table keeps."""
     z, S = recover(setting, A, b)
     if not z[S].all():
         return [np.nan] * 4
-    A_S, sides = A[:, S], np.array([1, -1] if first_rises else [-1, 1])
+    A_S, directions = A[:, S], np.array([1, -1] if first_rises else [-1, 1])  # of the two |w|
     w = A_S.T @ b - (A_S.T @ A_S @ z[S] - z[S])
-    up = sides * np.sign(w)  # where the loss wants w to go
-    moved = b + 0.07 * np.linalg.norm(b) * np.sign(A_S @ up)
-    new, S_new = recover(setting, A, moved)
-    kept = sides @ (np.abs(new[S]) - np.abs(z[S])) / (up @ A_S.T @ (moved - b))
+    w_directions = directions * np.sign(w)
+    b_new = b + 0.07 * np.linalg.norm(b) * np.sign(A_S @ w_directions)
+    z_new, S_new = recover(setting, A, b_new)
+    w_change = w_directions @ A_S.T @ (b_new - b)
+    kept = directions @ (np.abs(z_new[S]) - np.abs(z[S])) / w_change
     stays = np.isin(S, S_new)
     opposite = (np.sign(w) != np.sign(z[S])).mean()
-    return opposite, kept, stays.sum() == 1, np.array_equal(stays, sides > 0)
+    return opposite, kept, stays.sum() == 1, np.array_equal(stays, directions > 0)
 
 
-def shape(A):
-    """Mean norm of the columns, mean |cosine| of two, root mean square of AᵀA off its diagonal."""
-    norms, off = np.linalg.norm(A, axis=0), ~np.eye(A.shape[1], dtype=bool)
-    products = (A.T @ A)[off]
-    cosines = products / np.outer(norms, norms)[off]
+def measure_columns(A):
+    """Return norm, cosine and crosstalk of a dictionary; see the table keeps."""
+    norms, off_diagonal = np.linalg.norm(A, axis=0), ~np.eye(A.shape[1], dtype=bool)
+    products = (A.T @ A)[off_diagonal]
+    cosines = products / np.outer(norms, norms)[off_diagonal]
     return norms.mean(), np.abs(cosines).mean(), (products**2).mean() ** 0.5
 
 
-def keeps(setting, args):
-    """A row of the table keeps."""
-    rng, found, shapes = np.random.default_rng(args.seed), [], []
+def run_problems(setting, args):
+    """Compute a row of the table keeps."""
+    rng, found, columns = np.random.default_rng(args.seed), [], []
     for k in range(4 * args.nodes):
-        A, b = draw(setting, 7 * (2 + k % 4), rng), rng.standard_normal(setting.m)
-        found.append(keep(setting, A, b, bool(rng.integers(2))))
-        shapes.append(shape(A))
+        A = draw_dictionary(setting, 7 * (2 + k % 4), rng)
+        b = rng.standard_normal(setting.m)
+        found.append(measure_recovery(setting, A, b, bool(rng.integers(2))))
+        columns.append(measure_columns(A))
     found = 100 * np.array(found, dtype=float)
     opposite, kept, leaves, loser = found[~np.isnan(found[:, 0])].T
-    norm, cosine, crosstalk = np.transpose(shapes)
+    norm, cosine, crosstalk = np.transpose(columns)
     medians = np.median(rng.choice(kept, (200, len(kept))), axis=1)  # bootstrap
     return {
         "norm": mean(norm), "cosine": mean(cosine), "crosstalk": mean(crosstalk),
@@ -213,8 +215,8 @@ def keeps(setting, args):
 
 
 def mean(x):
-    """Mean and standard error; of fewer than two, nan."""
-    return (np.mean(x), np.std(x, ddof=1) / len(x) ** 0.5) if len(x) > 1 else (np.nan, np.nan)
+    """Return mean and standard error, or nan for fewer than two values."""
+    return (np.mean(x), stats.sem(x)) if len(x) > 1 else (np.nan, np.nan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,8 +224,8 @@ def mean(x):
 # ------------------------------------------------------------------------------------------------
 
 
-def slope(loss, w, v):
-    """Gradient in w of a loss, of nodes side by side: all (nodes, 2)."""
+def loss_gradient(loss, w, v):
+    """Return the gradient of a loss in w; all arrays are (nodes, 2)."""
     if loss == "shares":
         total = (w**2).sum(1, keepdims=True)
         return -2 * w / total * (v - (w**2 * v).sum(1, keepdims=True) / total)
@@ -231,35 +233,36 @@ def slope(loss, w, v):
 
 
 def search(setting, merits, dictionaries, b, epochs, rng):
-    """Search, all nodes side by side; merits and dictionaries are lists, b is (nodes, m).
+    """Search all nodes at once; merits and dictionaries are lists, b is (nodes, m).
 
-    Returns the supports from the first recovery on, after each epoch, (epochs + 1, nodes, 2); the
-    share of its pairs that a node has run until then, (epochs + 1, nodes); of each pair that left
-    without the other whether it had lost; and the last b.
+    Returns, for the first recovery and each epoch, the supports, (epochs + 1, nodes, 2), and the
+    fraction of the pairs that ever ran, (epochs + 1, nodes); whether each replaced pair was a
+    loser; and the final b.
     """
     nodes, m = b.shape
     counts, row = np.array([len(v) for v in merits]), np.arange(nodes)[:, None]
-    v, runs = np.zeros((2, nodes, counts.max()))  # runs: steps that a pair has run
+    v, runs = np.zeros((2, nodes, counts.max()))  # runs: number of steps of each pair
     for k, merit in enumerate(merits):
         v[k, : counts[k]] = merit
-    z, S, w_then = [None] * nodes, np.zeros((nodes, 2), dtype=int), None
+    z, S, w_last = [None] * nodes, np.zeros((nodes, 2), dtype=int), None
     A_S, offset = np.zeros((nodes, m, 2)), np.zeros((nodes, 2))  # w = A_Sᵀb − offset
     first, second = np.zeros((2, nodes, m))  # Adam's moments
     supports, ran, lost = [], [], []
     for step in range(epochs * EPOCH + 1):
         w = np.einsum("kms,km->ks", A_S, b) - offset
         if step % setting.every == 0:
-            S_then = S.copy()
+            S_last = S.copy()
             for k, A in enumerate(dictionaries):
                 z[k], S[k] = recover(setting, A, b[k], z[k])
                 A_S[k], z_S = A[:, S[k]], z[k][S[k]]
                 offset[k] = A_S[k].T @ A_S[k] @ z_S - z_S
             if step:
-                rise = np.abs(w) - np.abs(w_then)
-                stays = (S_then[:, :, None] == S[:, None]).any(2)
-                alone = stays.sum(1) == 1
-                lost += (rise[alone][~stays[alone]] < rise[alone][stays[alone]]).tolist()
-            w = w_then = np.einsum("kms,km->ks", A_S, b) - offset
+                rise = np.abs(w) - np.abs(w_last)
+                stays = (S_last[:, :, None] == S[:, None]).any(2)
+                one_left = stays.sum(1) == 1
+                rise, stays = rise[one_left], stays[one_left]
+                lost += (rise[~stays] < rise[stays]).tolist()
+            w = w_last = np.einsum("kms,km->ks", A_S, b) - offset
         if step % EPOCH == 0:
             supports.append(S.copy())
             new = (runs[row, S] == 0).sum(1)
@@ -267,41 +270,41 @@ def search(setting, merits, dictionaries, b, epochs, rng):
         if step == epochs * EPOCH:
             return np.array(supports), np.array(ran), np.array(lost), b
 
-        g = slope(setting.loss, w, v[row, S] - 2 * np.exp(-runs[row, S] / 300))
+        g = loss_gradient(setting.loss, w, v[row, S] - 2 * np.exp(-runs[row, S] / 300))
         g += setting.noise * (1.0 if setting.fixed else np.abs(g)) * rng.standard_normal(g.shape)
         g = np.einsum("kms,ks->km", A_S, g) + DECAY * b
         first = BETAS[0] * first + (1 - BETAS[0]) * g
         second = BETAS[1] * second + (1 - BETAS[1]) * g**2
-        size = np.sqrt(second / (1 - BETAS[1] ** (step + 1))) + EPSILON
-        b = b - RATE * first / (1 - BETAS[0] ** (step + 1)) / size
+        denominator = np.sqrt(second / (1 - BETAS[1] ** (step + 1))) + EPSILON
+        b = b - RATE * first / (1 - BETAS[0] ** (step + 1)) / denominator
         runs[row, S] += 1
 
 
 def percentiles(v, supports):
-    """Of supports (k, 2): the share of all choices of two with less merit, ties by half, in %."""
+    """Return the percentiles of supports (k, 2) among all choices of two pairs, by merit."""
     i, j = np.triu_indices(len(v), 1)
-    sums, own = np.sort(v[i] + v[j]), v[supports].sum(1)
-    return 50 * sum(np.searchsorted(sums, own, side) for side in ("left", "right")) / len(sums)
+    return stats.percentileofscore(v[i] + v[j], v[supports].sum(1), kind="mean")
 
 
 def cell_percentiles(merits, supports, rng, draws=2000):
-    """The same of each eight nodes together, among random choices; supports is (nodes, 2)."""
+    """Return the percentile of each eight nodes together among random choices."""
     own = np.array([v[S].sum() for v, S in zip(merits, supports, strict=True)])
     others = np.array([v[rng.random((draws, len(v))).argsort(1)[:, :2]].sum(1) for v in merits])
-    own, others = own.reshape(-1, CELLS).sum(1), others.reshape(-1, CELLS, draws).sum(1)
+    own, others = own.reshape(-1, NODES).sum(1), others.reshape(-1, NODES, draws).sum(1)
     return 100 * (others < own[:, None]).mean(1)
 
 
-def searches(setting, args):
-    """A row of the other tables, and of what is not printed the course by epoch and the end."""
+def run_search(setting, args):
+    """Compute a row of the other tables; lists are written to --out only."""
     rng = np.random.default_rng(args.seed)
     merits = [rng.standard_normal(7 * (2 + k % 4)) for k in range(args.nodes)]
     b = 1e-3 * rng.standard_normal((args.nodes, setting.m))
-    dictionaries = [draw(setting, len(v), rng) for v in merits]
+    dictionaries = [draw_dictionary(setting, len(v), rng) for v in merits]
     supports, ran, lost, b = search(setting, merits, dictionaries, b, args.epochs, rng)
-    worth = [v**2 for v in merits] if setting.loss == "squares" else merits
-    found = np.stack([percentiles(v, supports[:, k]) for k, v in enumerate(worth)], axis=1)
-    cells = cell_percentiles(worth, supports[-1], rng)
+    if setting.loss == "squares":
+        merits = [v**2 for v in merits]
+    found = np.stack([percentiles(v, supports[:, k]) for k, v in enumerate(merits)], axis=1)
+    cells = cell_percentiles(merits, supports[-1], rng)
     return {
         "first": mean(found[0]), "last": mean(found[-1]), "cells": mean(cells),
         "ran": mean(100 * ran[-1]), "loser": mean(100 * lost),
@@ -313,12 +316,12 @@ def searches(setting, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables and the picture
+# Tables and picture
 # ------------------------------------------------------------------------------------------------
 
 
-def picture(rows):
-    """Percentile by epoch of each dictionary, with its quartiles, and the share that ever ran."""
+def draw_picture(rows):
+    """Draw percentiles with quartiles by epoch for each dictionary, and the pairs that ever ran."""
     style = {
         "font.size": 7, "axes.titlelocation": "left", "axes.axisbelow": True, "axes.grid": True,
         "grid.color": "#E4E4E4", "lines.linewidth": 1.2, "legend.frameon": False,
@@ -344,24 +347,28 @@ def picture(rows):
 
 
 def main(args):
-    done = {"seed": args.seed, "nodes": args.nodes, "epochs": args.epochs}
+    results = {"seed": args.seed, "nodes": args.nodes, "epochs": args.epochs}
     for table in args.tables:
-        done[table] = {}
+        results[table] = {}
         for name, setting in settings()[table].items():
-            row = keeps(setting, args) if table == "keeps" else searches(setting, args)
-            figures = {column: x for column, x in row.items() if isinstance(x, tuple)}
-            if not done[table]:
-                print(f"{table:<46}" + "".join(f"{column:>12}" for column in figures))
-            texts = (f"{x:.{digits}f} ±{error:.{digits}f}" for column, (x, error) in figures.items()
-                     for digits in [1 + (column in TWO_DIGITS)])
-            print(f"{name:<46}" + "".join(f"{text:>12}" for text in texts), flush=True)
-            done[table][name] = {"setting": setting._asdict(), **row}
+            row = run_problems(setting, args) if table == "keeps" else run_search(setting, args)
+            cells = {column: x for column, x in row.items() if isinstance(x, tuple)}
+            if not results[table]:
+                print(f"{table:<46}" + "".join(f"{column:>12}" for column in cells))
+            line = f"{name:<46}"
+            for column, (x, error) in cells.items():
+                digits = 2 if column in TWO_DIGITS else 1
+                text = f"{x:.{digits}f} ±{error:.{digits}f}"
+                line += f"{text:>12}"
+            print(line, flush=True)
+            results[table][name] = {"setting": setting._asdict(), **row}
         print(flush=True)
-        if args.out:  # after each table, for the next one may take minutes
-            write_file(args.out, json.dumps(done).encode())
+        if args.out:  # after each table, because the next one may take minutes
+            write_file(args.out, json.dumps(results).encode())
     if args.picture:
         png = io.BytesIO()
-        picture(done["searches"]).savefig(png, format="png", metadata={"Software": None})
+        figure = draw_picture(results["searches"])
+        figure.savefig(png, format="png", metadata={"Software": None})
         write_file(args.picture, png.getbuffer())
 
 

@@ -1,18 +1,17 @@
-"""Score cells with NAS-Bench-301: the accuracy on CIFAR-10 that its surrogate model predicts.
+"""Score cells with the NAS-Bench-301 surrogate, which predicts their accuracy on CIFAR-10.
 
     python experiments/nasbench301.py --model M.onnx --encoding E.json ISTA_twostage random:3
     python experiments/nasbench301.py --model M.onnx --encoding E.json runs/A runs/B -o scores.png
 
-A genotype (a name, a file, random:SEED:distinct, a text) gets a line; of a search run every epoch
-is scored, and -o draws the percentiles of the runs over their epochs, with the genotypes beside
-them as horizontal lines. A percentile is the share of 2,000 random cells with distinct edges that
-are predicted to be worse.
+The script prints a line for each genotype, and scores every epoch of a search run. With -o it draws
+the percentiles of the runs against the epoch, and the genotypes as horizontal lines. A percentile
+is the percentage of 2,000 random cells with distinct edges whose predicted accuracy is lower.
 
-The surrogate stands for a training by the recipe of DARTS (98 epochs; Zela et al., ICLR 2022). It
-knows only cells whose nodes have two different input nodes, as `search.py --distinct_edges` finds
-them. It ranks the best cells poorly among each other, and rates cells full of skip connections far
-too high, so it cannot tell whether a search collapsed to them. Model and encoding come from the
-folder nb301 of https://github.com/slds-lmu/yahpo_data, and need onnxruntime.
+The surrogate predicts the result of training with the recipe of DARTS (98 epochs; Zela et al., ICLR
+2022). It supports only cells whose nodes have two different input nodes, as found by `search.py
+--distinct_edges`. It ranks the best cells poorly, and rates cells full of skip connections far too
+high, so it cannot detect a collapse of the search to such cells. Model and encoding are in the
+folder nb301 of https://github.com/slds-lmu/yahpo_data; they need onnxruntime.
 """
 
 import json
@@ -20,6 +19,7 @@ import os
 import sys
 
 import numpy as np
+from scipy import stats
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -30,7 +30,7 @@ from harness import flags
 from utils import UserError
 
 RANDOM_CELLS = 2000
-EPOCHS = 98.0  # of the training that is predicted
+EPOCHS = 98.0  # of the predicted training
 PREFIX = "NetworkSelectorDatasetInfo_COLON_darts_COLON_"
 CELLS = ("normal", "reduce")
 EDGES = sum(range(2, 2 + NODES))  # of a cell: 14
@@ -44,15 +44,15 @@ ABSENT = "#na#"
 def get_args_parser():
     parser = flags.Parser("nasbench301.py", __doc__, check=check)
     parser.usage = "nasbench301.py --model FILE --encoding FILE [-o FILE] RUN|GENOTYPE ..."
-    parser.add_argument("what", nargs="+", metavar="RUN|GENOTYPE", help="folders of searches; "
-                        "published names, random:SEED:distinct, genotype.json files, texts "
+    parser.add_argument("what", nargs="+", metavar="RUN|GENOTYPE", help="run folders of searches, "
+                        "published names, random:SEED:distinct, genotype.json files, or texts "
                         "'Genotype(...)'")
-    parser.add_argument("--model", required=True, type=flags.name, metavar="FILE",
+    parser.add_argument("--model", required=True, type=flags.nonempty, metavar="FILE",
                         help="the surrogate (.onnx)")
-    parser.add_argument("--encoding", required=True, type=flags.name, metavar="FILE",
-                        help="the number of each of its categorical values (.json)")
-    parser.add_argument("-o", "--output", type=flags.name, metavar="FILE",
-                        help="a picture of the runs' percentiles (.png, .svg or .pdf)")
+    parser.add_argument("--encoding", required=True, type=flags.nonempty, metavar="FILE",
+                        help="the encoding of its categorical inputs (.json)")
+    parser.add_argument("-o", "--output", type=flags.nonempty, metavar="FILE",
+                        help="plot of the percentiles of the runs (.png, .svg or .pdf)")
     return parser
 
 
@@ -67,12 +67,7 @@ def check(args):
 
 
 def describe(genotype):
-    """A genotype in the terms of NAS-Bench-301: a dict of texts; UserError if it has no such form.
-
-    `edge_normal_0` to `edge_reduce_13` are the operations of the edges in use; the edges into a
-    node follow those into the nodes before it, ordered by input node. `inputs_node_normal_3` to
-    `inputs_node_reduce_5` are the input nodes, as "0_2".
-    """
+    """Convert a genotype to the dict of strings that describes it in NAS-Bench-301."""
     if len(genotype.normal) != 2 * NODES:
         raise UserError(f"{len(genotype.normal) // NODES} pairs a node, not 2")
     if not genotypes.has_distinct_edges(genotype):
@@ -81,9 +76,10 @@ def describe(genotype):
     for cell in CELLS:
         if sorted(getattr(genotype, f"{cell}_concat")) != list(range(2, 2 + NODES)):
             raise UserError("not all nodes are concatenated")
-        first_edge = 0
+        first_edge = 0  # edges are ordered by their node, then by its input node
         for node, pairs in enumerate(by_node(getattr(genotype, cell)), 2):
-            values |= {f"edge_{cell}_{first_edge + source}": name for name, source in pairs}
+            for operation, source in pairs:
+                values[f"edge_{cell}_{first_edge + source}"] = operation
             if node in CHOOSING:
                 low, high = sorted(source for _, source in pairs)
                 values[f"inputs_node_{cell}_{node}"] = f"{low}_{high}"
@@ -92,15 +88,11 @@ def describe(genotype):
 
 
 class Surrogate:
-    """The model, and the 2,000 random cells that scores are compared with.
+    """The ONNX model, and its predictions for 2,000 random cells.
 
-    Parameters
-    ----------
-    model : path
-        ONNX: x_cat int32 (N, 34) and x_cont float32 (N, 1), the epoch; the first column of the
-        first output is the accuracy in percent.
-    encoding : path
-        JSON: of each of the 34 inputs a dict from values to whole numbers.
+    Inputs are x_cat, int32 (N, 34), and x_cont, float32 (N, 1), the epoch; the first column of the
+    first output is the accuracy in percent. The encoding maps the values of each categorical input
+    to integers.
     """
 
     def __init__(self, model, encoding):
@@ -115,18 +107,18 @@ class Surrogate:
         ])
 
     def encode(self, genotype):
-        """The 34 whole numbers that stand for a genotype; UserError where there are none."""
+        """Return the 34 integers of a genotype; UserError if it cannot be encoded."""
         values = describe(genotype)
         row = []
         for name, codes in zip(COLUMNS, self.codes, strict=True):
             value = values.get(name, ABSENT)
             if value not in codes:
-                raise UserError(f"an operation it does not know: {value}")
+                raise UserError(f"unknown operation: {value}")
             row.append(codes[value])
         return row
 
     def accuracy(self, genotype):
-        """Predicted accuracy in percent; UserError where the genotype cannot be scored."""
+        """Predict the accuracy in percent; UserError if the genotype cannot be scored."""
         feed = {
             "x_cat": np.array([self.encode(genotype)], np.int32),
             "x_cont": np.array([[EPOCHS]], np.float32),
@@ -134,22 +126,21 @@ class Surrogate:
         return float(self.session.run(None, feed)[0][0, 0])
 
     def score(self, genotype):
-        """Predicted accuracy, and its percentile among the random cells."""
+        """Return the predicted accuracy and its percentile among the random cells."""
         accuracy = self.accuracy(genotype)
         return accuracy, percentile(accuracy, self.random)
 
 
 def read_encoding(path):
-    """The dict from values to numbers of each of `COLUMNS`."""
+    """Return the dict from values to integers for each of `COLUMNS`."""
     with open(path, encoding="utf-8") as file:
         encoding = json.load(file)
     return [encoding[PREFIX + name] for name in COLUMNS]
 
 
 def percentile(value, sample):
-    """Percentage of a sample that is smaller than a value; equal ones count half."""
-    sample = np.asarray(sample)
-    return 100 * float((sample < value).mean() + (sample == value).mean() / 2)
+    """Return the percentage of a sample below a value; ties count half."""
+    return float(stats.percentileofscore(sample, value, kind="mean"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,11 +149,11 @@ def percentile(value, sample):
 
 
 def read_search(path):
-    """The genotype of each epoch of a search, by epoch, from the folder of its run."""
+    """Read the genotype of each epoch of a search from its run folder."""
     found = {}
     with open(os.path.join(path, "genotypes.jsonl"), encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):  # the last one may still be on its way to the disk
+            if line.endswith("\n"):  # the search may be writing the last line
                 row = json.loads(line)
                 found[row["epoch"]] = genotypes.from_lists(row)
     if not found:
@@ -171,7 +162,7 @@ def read_search(path):
 
 
 def score_search(surrogate, search):
-    """Accuracy and percentile of each epoch's genotype (nan where it has none), and why not."""
+    """Score each epoch: (accuracy, percentile) or nan, and the reasons of the latter."""
     scores, reasons = {}, {}
     for epoch, genotype in search.items():
         try:
@@ -182,32 +173,26 @@ def score_search(surrogate, search):
     return scores, reasons
 
 
-def run_table(runs):
-    """Percentiles as text: a line for each epoch, a column for each run, then mean ± std."""
-    epochs = sorted(set().union(*runs.values()))
-    several = len(runs) > 1
+def format_table(runs):
+    """Format the scores: a line for each epoch, a column for each run, then mean ± std."""
     names = [os.path.basename(os.path.normpath(path)) for path in runs]
     width = max(15, *map(len, names))
-    head = ["epoch", *(f"{name:>{width}}" for name in names)]
-    lines = ["  ".join(head + [f"{'mean ± std':>{width}}"] * several)]
-    for epoch in epochs:
+    rows = [["epoch", *names] + ["mean ± std"] * (len(runs) > 1)]
+    for epoch in sorted(set().union(*runs.values())):
         scores = [scores.get(epoch, (np.nan, np.nan)) for scores in runs.values()]
         texts = ["–" if np.isnan(acc) else f"{acc:.2f} % ({pct:.0f})" for acc, pct in scores]
-        known = [pct for _, pct in scores if not np.isnan(pct)]
-        if several:
-            spread = f"{np.mean(known):.0f} ± {np.std(known, ddof=1):.0f}" if known[1:] else "–"
-            texts.append(spread + f" of {len(known)}" * (1 < len(known) < len(runs)))
-        lines.append("  ".join([f"{epoch:>5}", *(f"{text:>{width}}" for text in texts)]))
-    return "\n".join(lines)
+        if len(runs) > 1:
+            known = [pct for _, pct in scores if not np.isnan(pct)]
+            text = f"{np.mean(known):.0f} ± {np.std(known, ddof=1):.0f}" if known[1:] else "–"
+            texts.append(text + f" of {len(known)}" * (1 < len(known) < len(runs)))
+        rows.append([f"{epoch:>5}", *texts])
+    return "\n".join("  ".join([row[0], *(f"{text:>{width}}" for text in row[1:])])
+                     for row in rows)
 
 
 @visualize.style()
 def figure(runs, references):
-    """Draw percentile against epoch.
-
-    `runs` are, of each path, the scores of `score_search`; `references` the percentiles of single
-    genotypes, by name, drawn as horizontal lines.
-    """
+    """Draw percentiles against epochs: scores of runs by path, percentiles of genotypes by name."""
     drawn = visualize.new_figure(visualize.WIDTH, 2.8, layout="constrained")
     axes = drawn.subplots()
     for path, scores in runs.items():
@@ -215,9 +200,9 @@ def figure(runs, references):
         axes.plot(epochs, [scores[epoch][1] for epoch in epochs], label=path,
                   linewidth=0.7 if len(runs) > 1 else 1)
     if len(runs) > 1:
-        shared = sorted(set.intersection(*(set(scores) for scores in runs.values())))
-        table = np.array([[scores[epoch][1] for epoch in shared] for scores in runs.values()])
-        axes.plot(shared, table.mean(0), color="black", linewidth=1.8, label="mean")
+        common = sorted(set.intersection(*map(set, runs.values())))
+        means = [np.mean([scores[epoch][1] for scores in runs.values()]) for epoch in common]
+        axes.plot(common, means, color="black", linewidth=1.8, label="mean")
     for k, (name, value) in enumerate(references.items()):
         axes.axhline(value, color="grey", linestyle=("--", "-.", ":")[k % 3], marker="", label=name)
     axes.axhline(50, color="#BBBBBB", marker="", linewidth=0.7, label="median random cell")
@@ -228,27 +213,28 @@ def figure(runs, references):
     return drawn
 
 
-def load(what):
-    """`genotypes.load`, what is wrong with it as one line."""
-    try:
-        return genotypes.load(what)[0]
-    except ValueError as error:
-        raise UserError(error) from None
+def load_genotypes(texts):
+    """Load genotypes by name; those given as a text are named by their position."""
+    found = {}
+    for text in texts:
+        try:
+            genotype, _ = genotypes.load(text)
+        except ValueError as error:
+            raise UserError(error) from None
+        found[f"cell {len(found) + 1}" if "Genotype(" in text else text] = genotype
+    return found
 
 
 def main(args):
     paths = [what for what in args.what if os.path.exists(os.path.join(what, "genotypes.jsonl"))]
     searches = {path: read_search(path) for path in paths}
-    loaded = {what: load(what) for what in args.what if what not in searches}
-    # A text is too long for a table: its published name, or a hash.
-    cells = {visualize.genotype_name(genotype) if "(" in what else what: genotype
-             for what, genotype in loaded.items()}
+    cells = load_genotypes(what for what in args.what if what not in searches)
     if args.output and not searches:
-        raise UserError("-o draws runs over their epochs, and there is no folder of a search")
+        raise UserError("-o draws the epochs of runs, but no run folder of a search is given")
     surrogate = Surrogate(args.model, args.encoding)
     sample = surrogate.random
     print(f"{RANDOM_CELLS:,} random cells: {sample.mean():.2f} ± {sample.std(ddof=1):.2f} %, "
-          f"best {sample.max():.2f} %; in brackets the percentile among them")
+          f"best {sample.max():.2f} %; percentiles among them in parentheses")
 
     references = {}
     width = max(map(len, cells), default=0)
@@ -257,15 +243,15 @@ def main(args):
             accuracy, references[name] = surrogate.score(genotype)
             print(f"{name:<{width}}  {accuracy:.2f} % ({references[name]:.0f})")
         except UserError as error:
-            print(f"{name:<{width}}  not scorable: {error}")
+            print(f"{name:<{width}}  cannot be scored: {error}")
     runs = {}
     for path, search in searches.items():
         runs[path], reasons = score_search(surrogate, search)
         if reasons:
-            print(f"{path}: {len(reasons)} of {len(search)} epochs are not scorable: "
+            print(f"{path}: {len(reasons)} of {len(search)} epochs cannot be scored: "
                   f"{', '.join(sorted(set(reasons.values())))}")
     if runs:
-        print(run_table(runs))
+        print(format_table(runs))
     if args.output:
         visualize.save(figure(runs, references), args.output)
         print(args.output)

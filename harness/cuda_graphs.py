@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: one launch in place of thousands."""
+"""Training steps as CUDA graphs: one launch instead of thousands."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from utils import UserError
 
 
 def use_graphs(wanted, device, recover_every="epoch"):
-    """Whether steps are captured: where that is possible, unless --no-cuda_graphs is typed."""
+    """Whether to capture steps: if possible, and unless --no-cuda_graphs is given."""
     possible = device.type == "cuda" and not dist.is_initialized() and recover_every == "epoch"
     if wanted and not possible:
         raise UserError("--cuda_graphs needs a single rank on a CUDA device, and recoveries at the "
@@ -23,7 +23,7 @@ def use_graphs(wanted, device, recover_every="epoch"):
 
 @contextlib.contextmanager
 def no_autotune():
-    """Skip cuDNN's autotuning and compilation, which do not pay for a batch of unusual size."""
+    """Disable cuDNN's autotuning and compilation, which do not pay off for a batch of rare size."""
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -39,24 +39,26 @@ class StepGraphs:
         graphs = StepGraphs(net, enabled, run.warn)
         loss, logits = graphs.run(step, net, x, y, optimizer, args)
 
-    is step(net, x, y, optimizer, args). If graphs are enabled, the first call of a step runs
-    eagerly, the second one is captured, and later ones replay the graph. A step is captured again
-    when a number changes that the graph holds as a constant: see `constants`. It runs eagerly when
-    its tensors have other shapes than at first, and when it cannot be captured.
+    computes step(net, x, y, optimizer, args). If graphs are enabled, the first call of a step runs
+    eagerly, the second call captures it, and later calls replay the graph. If a number that the
+    graph holds as a constant changes (see `constants`), the step is captured again. Steps whose
+    inputs have other shapes than the first call, or that cannot be captured, run eagerly.
     """
 
     def __init__(self, net, enabled, warn):
-        self.warn, self.captured = warn, {}
-        self.enabled = enabled and not any(map(layers.has_hooks, net.modules()))
+        has_hooks = enabled and any(layers.has_hooks(module) for module in net.modules())
+        self.enabled = enabled and not has_hooks
+        self.warn = warn
+        self.captured = {}
         if self.enabled:
-            torch.cuda.empty_cache()  # frees the memory pools of the last epoch's graphs
-        if enabled and not self.enabled:
+            torch.cuda.empty_cache()  # free the memory pools of the last epoch's graphs
+        if has_hooks:
             warn("steps run without CUDA graphs, because modules of the network have hooks, which "
                  "do not run when a graph is replayed", "hooks")
 
     def run(self, step, *args):
         leaves, structure = tree_flatten(args)
-        shapes = [(x.shape, x.dtype) for x in leaves if isinstance(x, torch.Tensor)]
+        shapes = [(x.shape, x.dtype) for x in tensors_in(leaves)]
         if step not in self.captured:
             self.captured[step] = CapturedStep(step, structure, shapes)
         captured = self.captured[step]
@@ -66,84 +68,95 @@ class StepGraphs:
         if not self.enabled:
             return step(*args)
 
-        key = constants(leaves)
-        if key != captured.key:
-            self._warn_of_change(captured, key)
-            captured.key, captured.graph = key, None
-            return step(*args)  # creates what later steps write in place, such as momenta
+        found = constants(leaves)
+        if found != captured.constants:
+            self._warn_of_change(captured, found)
+            captured.constants, captured.graph = found, None
+            return step(*args)  # creates state that later steps update in place, such as momenta
         captured.changes = 0
         if captured.graph is None:
-            if error := captured.capture(leaves):
-                self.enabled = False
-                reason = (str(error).splitlines() or [""])[0]
-                self.warn(f"{step.__name__} cannot be captured as a CUDA graph, so steps run "
-                          f"eagerly ({type(error).__name__}: {reason})", step.__name__)
+            error = captured.capture(leaves)
+            if error is not None:
+                self._fall_back(step, error)
                 for optimizer in optimizers_in(leaves):
-                    optimizer.zero_grad()  # the aborted capture has left some
+                    optimizer.zero_grad()  # discard gradients of the aborted capture
                 return step(*args)
         return captured.replay(leaves)
 
-    def _warn_of_change(self, captured, key):
-        """Warn once of constants that change at every step, so that nothing is ever captured."""
+    def _fall_back(self, step, error):
+        """Run all steps eagerly from now on, and warn."""
+        self.enabled = False
+        reason = (str(error).splitlines() or [""])[0]
+        self.warn(f"{step.__name__} cannot be captured as a CUDA graph, so steps run eagerly "
+                  f"({type(error).__name__}: {reason})", step.__name__)
+
+    def _warn_of_change(self, captured, found):
+        """Warn once if constants change at every step, because then no step is ever captured."""
         captured.changes += 1
         if captured.changes == 5:
-            names = [name for name in key if captured.key.get(name) != key[name]]
+            names = [name for name in found if captured.constants.get(name) != found[name]]
             self.warn(f"{captured.step.__name__} runs without a CUDA graph, because it would have "
-                      f"to be captured again at every step: {', '.join(names)} changes; a tensor "
-                      "on the device may change without that", f"changes {captured.step.__name__}")
+                      f"to be captured again at every step: {', '.join(names)} changes; use a "
+                      "tensor on the device for a number that changes",
+                      f"changes {captured.step.__name__}")
 
 
 class CapturedStep:
-    """A step, the constants that it was last run with, and its CUDA graph, if there is one."""
+    """A step, the constants of its last run, and its CUDA graph if there is one."""
 
     def __init__(self, step, structure, shapes):
         self.step, self.structure, self.shapes = step, structure, shapes
-        self.key, self.graph, self.changes = {}, None, 0
+        self.constants, self.graph = {}, None
+        self.changes = 0  # consecutive steps at which constants changed
 
     def capture(self, leaves):
-        """Capture the step in a memory pool of its own; returns the error that prevents it."""
+        """Capture the step in a memory pool of its own. Return the error if this fails."""
         leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-        self.inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.inputs = tensors_in(leaves)
         versions = [x._version for x in self.inputs]
         parameters = [p for optimizer in optimizers_in(leaves)
                       for group in optimizer.param_groups for p in group["params"]]
-        before = [p.grad for p in parameters]
+        grads_before = [p.grad for p in parameters]
         stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[stream.device_index]
-        state = generator.clone_state()
+        generator_state = generator.clone_state()
         try:
-            # Meanwhile a thread of a data loader may pin memory, which is no part of the step.
+            # "thread_local" lets the threads of a data loader pin memory during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.step(*tree_unflatten(leaves, self.structure))
             if versions != [x._version for x in self.inputs]:
                 raise RuntimeError("it writes into a tensor that it is given")
         except Exception as error:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
-            generator.graphsafe_set_state(state)
-            while error.__context__ is not None:  # the end of the capture has failed as well
-                error = error.__context__
-            return error
-        grads = [p.grad for p in parameters]
-        self.grads = [(p, new) for p, old, new in zip(parameters, before, grads, strict=True)
-                      if new is not old]
+            generator.graphsafe_set_state(generator_state)
+            return first_error(error)
+        # Gradients that the graph writes.
+        self.grads = [(p, p.grad) for p, before in zip(parameters, grads_before, strict=True)
+                      if p.grad is not before]
         self.graph = graph
 
     def replay(self, leaves):
-        """Replay the graph on other inputs; returns copies of its outputs."""
-        given = [x for x in leaves if isinstance(x, torch.Tensor)]
-        for own, x in zip(self.inputs, given, strict=True):
-            own.copy_(x)
+        """Replay the graph with the given inputs. Return copies of its outputs."""
+        for graph_input, x in zip(self.inputs, tensors_in(leaves), strict=True):
+            graph_input.copy_(x)
         self.graph.replay()
-        for p, grad in self.grads:  # another step may have put its own gradient there
+        for p, grad in self.grads:  # another step may have replaced p.grad
             p.grad = grad
         return tree_map_only(torch.Tensor, torch.clone, self.outputs)
 
 
-def constants(leaves):
-    """Return what Python decides in a step and a graph holds as constants, by name.
+def first_error(error):
+    """Return the error that led to this one: after a failed step, ending the capture fails too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
-    That is what a network names in its `graph_key`, the numbers in the groups of optimizers, the
-    numbers in `args`, and numbers that the step is given.
+
+def constants(leaves):
+    """Return all numbers that a graph of the step would hold as constants, by name.
+
+    These are the `graph_key` of a network, the numbers in `param_groups` of optimizers and in
+    `args`, and numbers that are arguments of the step.
     """
     found = {}
     for value in leaves:
@@ -151,12 +164,13 @@ def constants(leaves):
             found |= value.graph_key()
         elif isinstance(value, torch.optim.Optimizer):
             for i, group in enumerate(value.param_groups):
-                where = f"of group {i} of {type(value).__name__}"
-                found |= {f"{name} {where}": number for name, number in group.items()
-                          if name != "params" and not isinstance(number, torch.Tensor)}
+                for name, number in group.items():
+                    if name != "params" and not isinstance(number, torch.Tensor):
+                        found[f"{name} of group {i} of {type(value).__name__}"] = number
         elif isinstance(value, argparse.Namespace | types.SimpleNamespace):
-            found |= {f"args.{name}": number for name, number in vars(value).items()
-                      if is_constant(number)}
+            for name, number in vars(value).items():
+                if is_constant(number):
+                    found[f"args.{name}"] = number
         elif is_constant(value):
             found[f"argument {len(found)}"] = value
     return found
@@ -164,8 +178,12 @@ def constants(leaves):
 
 def is_constant(value):
     if isinstance(value, list | tuple):
-        return all(map(is_constant, value))
+        return all(is_constant(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def tensors_in(leaves):
+    return [value for value in leaves if isinstance(value, torch.Tensor)]
 
 
 def optimizers_in(leaves):

@@ -1,10 +1,10 @@
-"""torch.distributed in a few lines: several ranks, started by torchrun, train one network.
+"""Data-parallel training with torch.distributed.
 
     torchrun --nproc_per_node=2 search.py
 
-Each rank has a device of its own, takes its share of every batch, and averages its gradients with
-those of the others, so that all take the same steps. Rank 0 writes. With a single process, all of
-this does nothing.
+Each rank has its own device and processes its part of each batch. Gradients are averaged over the
+ranks, so that all take the same steps. Rank 0 writes the files. With a single process, the
+functions of this file do nothing.
 """
 
 import contextlib
@@ -25,46 +25,47 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def place():
-    """This rank among all, as `data.Batches` takes it."""
+def rank_and_size():
+    """Rank and world size, as options of `data.Batches`."""
     return dict(rank=rank(), world_size=world_size())
 
 
-def launcher():
-    """What the command line of a script begins with, to run it as this one is run."""
+def launch_command():
+    """Command that runs a script with as many ranks as this one: python, or torchrun with flags."""
     if world_size() == 1:
         return "python"
-    here, machines = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), ""
-    if here < world_size():
-        nodes = world_size() // here
-        machines = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT "
-    return f"torchrun {machines}--nproc_per_node={here}"
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    nodes = world_size() // ranks_per_node
+    options = ""
+    if nodes > 1:
+        options = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT "
+    return f"torchrun {options}--nproc_per_node={ranks_per_node}"
 
 
 def start():
-    """Find the other ranks that torchrun has started, if any."""
+    """Initialize the process group if torchrun has started several ranks."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Of the gradients of 1×1 convolutions, whose strides in channels-last are ambiguous.
+        # 1×1 convolutions have ambiguous strides in channels-last, of which torch warns.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop():
-    """Part from the other ranks, at the same moment as they do."""
+    """Wait for the other ranks, and destroy the process group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def is_loss(error):
-    """Whether a RuntimeError says that another rank is gone."""
+def is_peer_failure(error):
+    """Whether a RuntimeError says that another rank has ended."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """Run a block on rank 0 before the others: what it puts on the disk is there for them."""
+    """Run a block on rank 0 first, so that the other ranks find the files it has written."""
     if rank() > 0:
         dist.barrier()
     try:
@@ -75,7 +76,7 @@ def rank_zero_first():
 
 
 def rank_zero_only(method):
-    """Have rank 0 alone do what a method does; on the others it does nothing."""
+    """Decorate a method so that it does nothing on other ranks than 0."""
 
     @functools.wraps(method)
     def wrapper(*args, **kwargs):
@@ -99,23 +100,21 @@ def from_rank_zero(value):
 
 
 def data_parallel(net, parameters, static=False):
-    """The network, to be called such that backward passes average gradients over the ranks.
+    """Wrap a network so that backward passes average the gradients of `parameters` over the ranks.
 
-    Averaged are those of the `parameters`, which may train or not from one pass to the next. A
-    supernet runs other operations after each recovery, so DistributedDataParallel looks anew in
-    every pass for the parameters that it reaches, unless the network is `static`. With a single
-    rank it is the network itself.
+    With a single rank, return the network itself. Unless the network is `static`, each backward
+    pass searches for unused parameters, because a supernet runs other operations after a recovery.
     """
     if world_size() == 1:
         return net
     trained = {p: p.requires_grad for p in net.parameters()}
     for p in trained:
         p.requires_grad_(False)
-    for p in parameters:  # it takes in what needs a gradient now
+    for p in parameters:  # the wrapper registers the parameters that require a gradient now
         p.requires_grad_(True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers got another name in 2.14
-        # All ranks have the same weights, and BatchNorms are averaged once an epoch.
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
+        # All ranks start with the same weights, and average BatchNorm statistics once per epoch.
         wrapped = DistributedDataParallel(
             net, init_sync=False, broadcast_buffers=False, static_graph=static,
             find_unused_parameters=not static,
@@ -141,7 +140,7 @@ def average_statistics(net):
 
 
 def average(tensors):
-    """Average tensors over the ranks in place, in one exchange."""
+    """Average tensors over the ranks in place, with one all-reduce."""
     if world_size() == 1 or not tensors:
         return
     mean = torch.cat([t.flatten() for t in tensors])

@@ -55,9 +55,7 @@ def take_epoch(args, net, batches):
     progress = SimpleNamespace(step=lambda meter: None)
     run = SimpleNamespace(args=args, progress=progress, warn=None)
     if isinstance(net, model.NetworkCIFAR):
-        optimizer = utils.SGD(
-            net.parameters(), args.learning_rate, args.momentum, args.weight_decay
-        )
+        optimizer = utils.sgd(net.parameters(), args)
         return train.train_epoch(net, batches, optimizer, run)
     optimizers = search.optimizers(net, args)
     if args.one_stage:

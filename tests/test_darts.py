@@ -103,7 +103,7 @@ def test_alpha_and_the_weights_move_in_turn():
     assert changes(True) == [True, True]
     net.zero_grad()
     x, y = next(iter(batches))
-    darts.step(net, x, y, arch, held=weights)
+    darts.step(net, x, y, arch, fixed=weights)
     assert all(p.grad is None for p in net.weight_parameters())  # and so do not move
     assert all(p.grad is not None for p in net.arch_parameters())
 
@@ -133,7 +133,7 @@ def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         call(tmp_path / "halves")
     call(tmp_path / "halves")
-    with pytest.raises(UserError, match="begun with another --seed"):
+    with pytest.raises(UserError, match="started with another --seed"):
         call(tmp_path / "halves", "--seed", "3")
 
     whole, halves = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))

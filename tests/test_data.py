@@ -1,4 +1,4 @@
-"""data.py against torchvision's transforms, and on images and data sets written by the tests."""
+"""data.py: augmentation against torchvision's transforms, batches, and loading."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from data import Batches, Images
 from utils import UserError
 
 MEAN, STD = data.CIFAR10_MEAN, data.CIFAR10_STD
-UNLIKELY = 1e-3  # the seeds are fixed: what passes once passes always
+UNLIKELY = 1e-3  # p-value; the seeds are fixed
 
 
 def seeded(seed=0):
@@ -30,7 +30,7 @@ def seeded(seed=0):
 
 
 def raw(x):
-    """Undo the normalisation: pixels from 0 to 255."""
+    """Undo the normalization: pixels from 0 to 255."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return ((x * std + mean) * 255).round().long()
 
@@ -42,14 +42,9 @@ def make_images(n, size=8, classes=2, **about):
 
 
 def numbered(n):
-    """Images whose labels number them; all pixels of an image tell its number too."""
+    """Images with labels 0, 1, ..., n - 1, and all pixels equal to the label."""
     images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(n, 3, 8, 8).contiguous()
     return Images(images, torch.arange(n), [str(i) for i in range(n)], MEAN, STD)
-
-
-def ramps(n):
-    """Images that grow brighter to the right; after any crop, the centre is no padding."""
-    return torch.arange(16, dtype=torch.uint8).expand(n, 3, 16, 16).contiguous()
 
 
 # ------------------------------------------------------------------------------------------
@@ -61,7 +56,7 @@ N = 162 * 60  # 81 offsets x 2 flips, 60 of each expected
 
 @pytest.fixture(scope="module")
 def crops():
-    """An image telling row, column and something else; N augmentations; offset, flip of each."""
+    """An image with row and column as channels; N augmentations; offset, flip of each."""
     row, column = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
     noise = torch.randint(1, 256, (16, 16), generator=seeded(3))
     image = torch.stack((row + 1, 100 + column, noise)).byte()
@@ -75,28 +70,24 @@ def crops():
 
 def test_crops_and_flips_are_those_of_torchvision(crops):
     image, x, top, left, flipped = crops
-    kind = (top * 9 + left) * 2 + flipped
-    assert set(kind.tolist()) == set(range(162))
+    combination = (top * 9 + left) * 2 + flipped
+    assert set(combination.tolist()) == set(range(162))
     pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     for k in range(162):
         i, j, flip = k // 18, k // 2 % 9, k % 2
         expected = TF.crop(TF.pad(pil, 4), i, j, 16, 16)
         expected = TF.hflip(expected) if flip else expected
         expected = TF.normalize(TF.to_tensor(expected), MEAN, STD)
-        got = x[kind == k]
+        got = x[combination == k]
         torch.testing.assert_close(got, expected.expand_as(got), rtol=0, atol=2e-6)
 
 
 def test_offsets_and_flips_are_uniform_and_independent(crops):
     _, _, top, left, flipped = crops
-    kind = (top * 9 + left) * 2 + flipped
-    assert chisquare(kind.bincount(minlength=162)).pvalue > UNLIKELY
-
-
-@pytest.mark.parametrize("shift", [1, 2, 81])
-def test_images_of_a_batch_are_augmented_independently(crops, shift):
-    for values, n in zip(crops[2:], (9, 9, 2), strict=True):
-        pairs = (values[:-shift] * n + values[shift:]).bincount(minlength=n * n)
+    combination = (top * 9 + left) * 2 + flipped
+    assert chisquare(combination.bincount(minlength=162)).pvalue > UNLIKELY
+    for values, n in ((top, 9), (left, 9), (flipped, 2)):  # of neighbors in the batch
+        pairs = (values[:-1] * n + values[1:]).bincount(minlength=n * n)
         assert chi2_contingency(pairs.view(n, n)).pvalue > UNLIKELY
 
 
@@ -108,14 +99,8 @@ def test_normalize_is_torchvisions():
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 
 
-def test_other_images_than_bytes_are_refused():
-    for x in (torch.rand(1, 3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="images must be uint8"):
-            data.normalize(x, MEAN, STD)
-
-
 def darts_masks(size, length):
-    """Mask of every centre, (size * size, size, size): 0 in the square, by DARTS' formula."""
+    """Mask of every center, (size * size, size, size): 0 in the square, by DARTS' formula."""
     masks = np.ones((size, size, size, size), np.float32)
     for y in range(size):
         for x in range(size):
@@ -126,29 +111,22 @@ def darts_masks(size, length):
     return torch.from_numpy(masks).flatten(0, 1)
 
 
-@pytest.mark.parametrize("length, size", [(6, 12), (5, 12), (2, 8), (16, 32)])
+@pytest.mark.parametrize("length, size", [(6, 12), (5, 12), (16, 32)])
 def test_cutout_is_that_of_darts(length, size):
     n = 100 * size**2 if size < 32 else 500
     white = torch.full((n, 3, size, size), 255, dtype=torch.uint8)
     x = data.augment(white, MEAN, STD, flip=True, cutout_length=length, generator=seeded(4))
-    plain = data.augment(white, MEAN, STD, flip=True, generator=seeded(4))
-    kept = x != 0  # no normalised white or black is 0
+    uncut = data.augment(white, MEAN, STD, flip=True, generator=seeded(4))
+    kept = x != 0  # neither white nor black is 0 after normalization
     assert torch.equal(kept[:, 0], kept[:, 1]) and torch.equal(kept[:, 0], kept[:, 2])
-    assert torch.equal(x[kept], plain[kept])
-    # each mask belongs to one centre alone at these sizes, so the centres can be counted
-    masks = darts_masks(size, length).flatten(1)
-    assert len(masks.unique(dim=0)) == size**2
-    wrong = masks @ (1 - kept[:, 0].flatten(1).float()).T + (1 - masks) @ (
-        kept[:, 0].flatten(1).float().T
-    )
-    error, centre = wrong.min(0)
-    assert error.max() == 0
+    assert torch.equal(x[kept], uncut[kept])
+    masks, kept = darts_masks(size, length).flatten(1), kept[:, 0].flatten(1).float()
+    differences, center = (masks @ (1 - kept).T + (1 - masks) @ kept.T).min(0)
+    assert differences.max() == 0
     if size < 32:
-        assert chisquare(centre.bincount(minlength=size**2)).pvalue > UNLIKELY
-        row, column = centre // size, centre % size
-        for a, b in ((row[1:], row[:-1]), (column[1:], column[:-1]), (row[1:], column[:-1])):
-            pairs = (a * size + b).bincount(minlength=size**2).view(size, size)
-            assert chi2_contingency(pairs).pvalue > UNLIKELY
+        assert chisquare(center.bincount(minlength=size**2)).pvalue > UNLIKELY
+        pairs = (center[1:] // size * size + center[:-1] // size).bincount(minlength=size**2)
+        assert chi2_contingency(pairs.view(size, size)).pvalue > UNLIKELY
 
 
 # ------------------------------------------------------------------------------------------
@@ -156,12 +134,12 @@ def test_cutout_is_that_of_darts(length, size):
 # ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, train, says", [
-    (0, True, "too few images .* \\(0\\)"), (0, False, "too few images .* \\(0\\)"),
-    (1, True, "too few images"), (3, True, "--batch_size 4 is too large for the 3 images"),
+@pytest.mark.parametrize("n, train, message", [
+    (0, False, "too few images .* \\(0\\)"), (1, True, "too few images"),
+    (3, True, "--batch_size 4 is too large for the 3 images"),
 ])
-def test_no_batch_at_all_is_an_error(n, train, says):
-    with pytest.raises(UserError, match=says):
+def test_too_few_images_for_a_batch(n, train, message):
+    with pytest.raises(UserError, match=message):
         Batches(numbered(n), 4, train=train)
 
 
@@ -187,37 +165,31 @@ def test_training_passes_over_every_image_in_new_orders():
     assert not torch.equal(first, second) and first.tolist() != list(range(50))
 
 
-def test_flip_and_cutout_are_passed_on():
-    for flip in (True, False):
-        images = Images(ramps(64), torch.zeros(64).long(), ["a"], MEAN, STD, flip)
-        ((x, _),) = Batches(images, 64, train=True, generator=seeded())
-        assert (raw(x)[:, 0, 8, 7] > raw(x)[:, 0, 8, 8]).any() == flip
-        assert (x == 0).sum() == 0
-        ((x, _),) = Batches(images, 64, train=True, cutout_length=4, generator=seeded())
-        assert ((x == 0).sum((1, 2, 3)) >= 3 * 2 * 2).all()
-    ((x, _),) = Batches(images, 64, train=False, cutout_length=4)
+@pytest.mark.parametrize("flip", [True, False])
+def test_flip_and_cutout_are_for_training_only(flip):
+    ramps = torch.arange(16, dtype=torch.uint8).expand(64, 3, 16, 16).contiguous()
+    images = Images(ramps, torch.zeros(64).long(), ["a"], MEAN, STD, flip)
+    ((x, _),) = images.batches(64, train=True, generator=seeded())
+    assert (raw(x)[:, 0, 8, 7] > raw(x)[:, 0, 8, 8]).any() == flip
+    ((x, _),) = images.batches(64, train=True, cutout_length=4, generator=seeded())
+    assert ((x == 0).sum((1, 2, 3)) >= 3 * 2 * 2).all()
+    ((x, _),) = images.batches(64, train=False, cutout_length=4)
     assert (x == 0).sum() == 0
 
 
-def test_the_generator_is_all_the_state():
+def test_a_pass_depends_on_nothing_but_the_generator():
     def passes(generator):
-        batches = Batches(make_images(21), 5, train=True, cutout_length=4, generator=generator)
-        yield sum(batches, ())
-        yield sum(batches, ())
+        batches = make_images(21).batches(5, train=True, cutout_length=4, generator=generator)
+        return [x for _ in range(2) for x, _ in batches]
 
-    generator = seeded()
-    list(passes(generator))
-    state = generator.get_state()
-    expected = list(passes(generator))
-    torch.manual_seed(1)  # the default generator has no part in it
-    for again in (generator, seeded()):
-        again.set_state(state)
-        for a, b in zip(sum(expected, ()), sum(passes(again), ()), strict=True):
-            assert torch.equal(a, b)
-    assert not torch.equal(expected[0][0], expected[1][0])
+    expected = passes(seeded())
+    torch.manual_seed(1)
+    for a, b in zip(expected, passes(seeded()), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(expected[0], expected[5])
 
 
-def test_endless_goes_round_and_resumes_at_the_start_of_an_epoch():
+def test_endless_repeats_and_resumes_at_the_start_of_an_epoch():
     generator = seeded()
     batches = Batches(numbered(10), 4, train=True, generator=generator)
 
@@ -237,54 +209,37 @@ def test_endless_goes_round_and_resumes_at_the_start_of_an_epoch():
 
 @settings(deadline=None, database=None, max_examples=50, derandomize=True)
 @given(
-    n=st.integers(4, 60), size=st.integers(1, 9), world_size=st.integers(2, 4), train=st.booleans()
+    n=st.integers(1, 60), size=st.integers(1, 9), world_size=st.integers(2, 4), train=st.booleans()
 )
 def test_ranks_together_see_what_a_single_one_sees(n, size, world_size, train):
     assume(not train or (n >= world_size * size and size > 1))
     images, options = numbered(n), dict(train=train, cutout_length=4 * train)
 
-    whole = [*images.batches(world_size * size, generator=seeded(), **options)]
+    expected = [*images.batches(world_size * size, generator=seeded(), **options)]
     of_ranks = [
         list(images.batches(size, generator=seeded(), rank=r, world_size=world_size, **options))
         for r in range(world_size)
     ]
-    for batch, own in zip(whole, zip_longest(*of_ranks), strict=False):
-        own = [share for share in own if share]
-        if train and len(batch[1]) % world_size:  # the last one, cut to equal shares
-            assert [len(y) for _, y in own] == world_size * [len(batch[1]) // world_size]
+    for (x, y), parts in zip(expected, zip_longest(*of_ranks), strict=False):
+        parts = [part for part in parts if part]
+        if train and len(y) % world_size:  # the last batch, cut to equal parts
+            assert [len(y) for _, y in parts] == world_size * [len(y) // world_size]
         else:
-            for together, alone in zip(zip(*own, strict=True), batch, strict=True):
-                assert torch.equal(torch.cat(together), alone)
+            assert torch.equal(torch.cat([x for x, _ in parts]), x)
+            assert torch.equal(torch.cat([y for _, y in parts]), y)
 
-    # In the next pass the generators are still in step.
     seen = torch.cat([y for batches in of_ranks for _, y in batches])
     assert n >= len(seen.unique()) == len(seen) >= n - train * (2 * world_size - 1)
 
 
 @pytest.mark.parametrize("images, batch_size, world_size, sizes", [
-    (84, 8, 2, [8] * 5 + [2]), (83, 8, 2, [8] * 5), (86, 8, 2, [8] * 5 + [3]),
-    (87, 8, 2, [8] * 5 + [3]), (33, 16, 1, [16, 16]), (34, 16, 1, [16, 16, 2]),
-    (24, 4, 3, [4, 4]), (32, 4, 3, [4, 4, 2]), (5, 2, 2, [2]), (3, 4, 2, []),
+    (84, 8, 2, [8] * 5 + [2]), (83, 8, 2, [8] * 5), (87, 8, 2, [8] * 5 + [3]),
+    (33, 16, 1, [16, 16]), (34, 16, 1, [16, 16, 2]), (32, 4, 3, [4, 4, 2]), (3, 4, 2, []),
 ])
-def test_training_images_are_cut_into_equal_shares(images, batch_size, world_size, sizes):
-    seen = []
+def test_training_batches_have_the_same_size_on_all_ranks(images, batch_size, world_size, sizes):
     for rank in range(world_size):
-        slices = data.cut(images, batch_size, train=True, rank=rank, world_size=world_size)
-        shares = [range(images)[share] for share in slices]
-        assert [len(share) for share in shares] == sizes
-        seen += [index for share in shares for index in share]
-    assert sorted(seen) == list(range(world_size * sum(sizes)))
-
-
-@pytest.mark.parametrize("images", [0, 1, 7, 8, 9, 31])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_neither_loses_nor_repeats_an_image(images, world_size):
-    shares = [
-        range(images)[share] for rank in range(world_size)
-        for share in data.cut(images, 4, train=False, rank=rank, world_size=world_size)
-    ]
-    assert sorted(i for share in shares for i in share) == list(range(images))
-    assert all(0 < len(share) <= 4 for share in shares)
+        slices = data.batch_slices(images, batch_size, train=True, rank=rank, world_size=world_size)
+        assert [batch.stop - batch.start for batch in slices] == sizes
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -293,45 +248,29 @@ def test_channels_last(train):
     options = dict(train=train, cutout_length=4, generator=seeded())
     ((x, _),) = images.batches(6, memory_format=torch.channels_last, **options)
     options["generator"].manual_seed(0)
-    ((plain, _),) = images.batches(6, **options)
-    assert x.is_contiguous(memory_format=torch.channels_last) and plain.is_contiguous()
-    assert torch.equal(x, plain)
+    ((contiguous, _),) = images.batches(6, **options)
+    assert x.is_contiguous(memory_format=torch.channels_last) and contiguous.is_contiguous()
+    assert torch.equal(x, contiguous)
 
 
-def test_an_option_of_augment_is_an_option_of_batches(monkeypatch):
-    def augment(x, *about, dim=1, **options):
-        return plain(x, *about, **options) * dim
-
-    plain = data.augment
-    monkeypatch.setattr(data, "augment", augment)
-    options = dict(train=True, generator=seeded())
-    ((x, _),) = make_images(6).batches(6, **options)
-    options["generator"].manual_seed(0)
-    ((dimmed, _),) = make_images(6).batches(6, dim=0.5, **options)
-    assert torch.equal(dimmed, x / 2)
-    with pytest.raises(TypeError, match="brightness"):
-        list(make_images(6).batches(6, brightness=1, **options))
-
-
-def test_images_as_a_network_sees_them():
+def test_labels_are_converted_to_those_of_a_network():
     images = make_images(6, classes=3)
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    seen = images.as_seen_by(["c", "x", "a", "b"], mean, std)
-    assert seen.labels.tolist() == [2, 3, 0, 2, 3, 0] and seen.counts() == [2, 0, 2, 2]
-    assert seen.classes == ["c", "x", "a", "b"] and images.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    ((x, y),) = seen.batches(6, train=False)
-    assert torch.equal(x, data.normalize(images.images, mean, std)) and torch.equal(y, seen.labels)
-    with pytest.raises(UserError, match="a, b, c and 2 more; it was trained with x, y") as info:
-        make_images(6, classes=5).as_seen_by(["x", "y"], mean, std)
-    assert "\n" not in str(info.value)
+    converted = images.for_network(["c", "x", "a", "b"], mean, std)
+    assert converted.labels.tolist() == [2, 3, 0, 2, 3, 0] and converted.counts() == [2, 0, 2, 2]
+    assert converted.classes == ["c", "x", "a", "b"] and images.labels.tolist() == 2 * [0, 1, 2]
+    ((x, _),) = converted.batches(6, train=False)
+    assert torch.equal(x, data.normalize(images.images, mean, std))
+    with pytest.raises(UserError, match="a, b, c and 2 more; it was trained with x, y"):
+        make_images(6, classes=5).for_network(["x", "y"], mean, std)
 
 
 def test_subset_and_counts():
     images = make_images(10, classes=3, flip=False)
     part = images.subset(torch.tensor([7, 2]))
     assert torch.equal(part.images, images.images[[7, 2]]) and part.labels.tolist() == [1, 2]
-    assert (part.classes, part.mean, part.std, part.flip) == (["a", "b", "c"], MEAN, STD, False)
-    assert images.counts() == [4, 3, 3] and part.counts() == [0, 1, 1] and len(part) == 2
+    assert (part.classes, part.flip) == (["a", "b", "c"], False)
+    assert images.counts() == [4, 3, 3] and part.counts() == [0, 1, 1]
 
 
 @settings(deadline=None, database=None, max_examples=200, derandomize=True)
@@ -351,24 +290,6 @@ def test_split_is_stratified(labels, portion, seed):
         assert abs((labels[first] == label).sum().item() - exact) < 1
     again = data.split(labels, portion, seed)
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
-
-
-def test_split_gives_every_image_the_same_chance_and_seeds_differ():
-    labels = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 1, 1])
-    count, seen, state = torch.zeros(10), set(), torch.get_rng_state()
-    for seed in range(600):
-        first, _ = data.split(labels, 0.5, seed)
-        count[first] += 1
-        seen.add(tuple(first.tolist()))
-    assert len(seen) > 70  # of 6 * 20 = 120
-    assert (count - 300).abs().max() < 5 * (600 / 4) ** 0.5
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("portion", [-0.1, 1.5, float("nan")])
-def test_split_refuses_other_portions(portion):
-    with pytest.raises(ValueError, match="portion"):
-        data.split(torch.zeros(4).long(), portion, 0)
 
 
 # ------------------------------------------------------------------------------------------
@@ -395,7 +316,7 @@ def write_folder(root, files):
 
 
 def minimal(root, files=None):
-    """A good data set of two classes, and other files."""
+    """A valid data set of two classes, and other files."""
     good = [f"{split}/{name}/0.png" for split in ("train", "test") for name in ("blue", "red")]
     return write_folder(root, {path: path.split("/")[1] for path in good} | (files or {}))
 
@@ -407,13 +328,9 @@ def palette_image():
     return image
 
 
-def grey16(value, dtype=np.uint16):
-    return Image.fromarray(np.full((8, 8), value, dtype))
-
-
-def encoded(image, kind, **options):
+def encoded(image, format, **options):
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -422,29 +339,17 @@ MODES = {
     "RGB.JPeG": (encoded(Image.new("RGB", (8, 8), (120, 120, 120)), "jpeg"), (120, 120, 120)),
     "P_transparent.png": (palette_image(), (10, 200, 30)),
     "RGBA.png": (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), (10, 20, 30)),
-    "LA.png": (Image.new("LA", (8, 8), (50, 128)), (50, 50, 50)),
-    "one.png": (Image.new("1", (8, 8), 1), (255, 255, 255)),
     "CMYK.tif": (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), (0, 255, 255)),
-    "CMYK.jpg": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg", quality=100),
-                 (255, 0, 0)),
-    "16_mid.png": (grey16(32768), (128, 128, 128)),
-    "16_dark.png": (grey16(257 * 3 + 128), (3, 3, 3)),
-    "16_white.tiff": (grey16(65535), (255, 255, 255)),
-    "16_pgm.pgm": (b"P5 8 8 65535\n" + b"\x80\x00" * 64, (128, 128, 128)),
-    "16_big_endian.tif": (grey16(32768, np.dtype(">u2")), (128, 128, 128)),
-    "32_holding_16.tif": (grey16(32768, np.int32), (128, 128, 128)),
 }
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_every_kind_of_image_becomes_rgb(tmp_path, name, recwarn):
-    image, colour = MODES[name]
-    root = write_folder(tmp_path, {f"train/a/{name}": image, "train/b/0.png": "red",
-                                   "test/a/0.png": "blue"})
+def test_every_mode_is_converted_to_rgb(tmp_path, name, recwarn):
+    image, color = MODES[name]
+    root = minimal(tmp_path, {f"train/a/{name}": image})
     train, _ = data.load("imagefolder", root, image_size=8, log=list)
-    assert train.images.shape == (2, 3, 8, 8) and train.images.dtype == torch.uint8
-    tolerance = 2 if name.endswith(("JPeG", "jpg")) else 0
-    expected = torch.tensor(colour).view(3, 1, 1)
+    tolerance = 2 if name.endswith("JPeG") else 0
+    expected = torch.tensor(color).view(3, 1, 1)
     assert (train.images[0].long() - expected).abs().max() <= tolerance
     assert not recwarn
 
@@ -454,36 +359,30 @@ def test_folder_layout(tmp_path, workers, capsys):
     write_folder(tmp_path, {
         "train/zebra/2.png": (2, 0, 0), "train/zebra/10.png": (1, 0, 0),
         "train/Ape/deep/er/x.JPG": (0, 0, 0), "train/cat/y.png": (3, 0, 0),
-        "train/cat/.hidden.png": b"no image", "train/cat/notes.txt": b"no image",
-        "train/zebra/3.gif": b"no image",
-        "train/cat/.thumbnails/y.png": b"no image", "train/.cache/y.png": b"no image",
-        "train/README.md": b"no image", "val/zebra/0.png": (5, 0, 0), "val/Ape/0.png": (4, 0, 0),
+        "train/cat/notes.txt": b"no image", "train/README.md": b"no image",
+        "val/zebra/0.png": (5, 0, 0), "val/Ape/0.png": (4, 0, 0),
     })
     lines = []
     train, test = data.load("imagefolder", tmp_path, 8, workers=workers, log=lines.append)
-    assert lines == [f"warning: {tmp_path}/val lacks classes that {tmp_path}/train has: cat; the "
-                     "accuracy leaves them out",
-                     f"skipped 2 file(s) of other kinds in {tmp_path}/train: .gif, .txt"]
+    (line,) = lines
+    assert "val lacks classes" in line and "cat" in line
     assert train.classes == test.classes == ["Ape", "cat", "zebra"]
     assert train.labels.tolist() == [0, 1, 2, 2] and test.labels.tolist() == [0, 2]
     assert train.images[:, 0].amax((1, 2)).tolist() == [0, 3, 1, 2]  # sorted by name
     assert test.images[:, 0].amax((1, 2)).tolist() == [4, 5]
     assert train.flip and test.flip and train.labels.dtype == torch.int64
     assert train.images.is_contiguous()
-    assert capsys.readouterr() == ("", "")  # no progress bar where nobody watches
+    assert capsys.readouterr() == ("", "")  # a progress bar is for terminals only
 
 
 def test_images_of_other_sizes_are_resized_and_reported(tmp_path):
     stripes = np.zeros((32, 16, 3), np.uint8)
-    stripes[:, ::2] = 255  # antialiased: grey, where picking pixels gives stripes
-    root = minimal(tmp_path, {"train/blue/1.png": Image.fromarray(stripes),
-                              "test/red/1.png": Image.new("RGB", (8, 9), (7, 8, 9))})
+    stripes[:, ::2] = 255  # gray if antialiased, stripes otherwise
+    root = minimal(tmp_path, {"train/blue/1.png": Image.fromarray(stripes)})
     lines = []
-    train, test = data.load("imagefolder", root, 8, log=lines.append)
-    assert lines == 2 * ["resized 1 of 3 images to 8 x 8"]
-    assert train.images.shape[2:] == (8, 8)
+    train, _ = data.load("imagefolder", root, 8, log=lines.append)
+    assert lines == ["resized 1 of 3 images to 8 x 8"]
     assert (train.images[1].long() - 128).abs().max() < 30
-    assert (test.images[2] == torch.tensor([7, 8, 9]).view(3, 1, 1)).all()
 
 
 GOOD_PNG = encoded(Image.new("RGB", (8, 8), "red"), "png")
@@ -493,43 +392,40 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), d
 @pytest.mark.parametrize("files, remove, message", [
     ({}, "train", r"no folder train/"),
     ({}, "test", r"no folder test/ or val/"),
-    ({"train/green/notes.txt": b""}, None, r"train/green has no images"),
-    ({"test/green/.a.png": b"", "train/green/1.png": "green"}, None, r"test/green has no images"),
-    ({"test/green/0.png": "green", "test/grey/0.png": "grey"}, None,
-     r"test has classes that .*train lacks: green, grey;"),
+    ({"train/green/notes.txt": b""}, None, r"green.*train/<class>/"),
+    ({"test/green/0.png": "green", "test/gray/0.png": "gray"}, None,
+     r"test has classes that .*train lacks: gray, green;"),
     ({"test/blue/1.png": b"not an image"}, None, r"test/blue/1.png cannot be read"),
-    ({"train/blue/1.png": b""}, None, r"train/blue/1.png cannot be read"),
     ({"train/blue/1.png": GOOD_PNG[:-30]}, None, r"train/blue/1.png cannot be read"),
     ({"train/blue/1.jpg": encoded(NOISE, "jpeg")[:-900]}, None,
      r"train/blue/1.jpg cannot be read.*truncated"),
     ({"train/blue/a\nb.png": b"no"}, None, r"train/blue/a b.png cannot be read"),
-    ({"train/blue/1.tif": grey16(70000, np.int32)}, None, r"blue/1.tif .*32-bit"),
-    ({"train/blue/1.tif": grey16(0.5, np.float32)}, None, r"blue/1.tif .*floating"),
+    *(({"train/blue/1.tif": Image.fromarray(np.zeros((8, 8), dtype))}, None,
+       r"blue/1.tif cannot be read as an 8-bit image") for dtype in ("uint16", "int32", "float32")),
 ])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_wrong_with_a_folder(tmp_path, files, remove, message, workers):
+def test_an_invalid_folder_is_reported(tmp_path, files, remove, message, workers):
     root = minimal(tmp_path / "set", files)
     if remove:
         (root / remove).rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=message) as info:
         data.load("imagefolder", root, 8, workers=workers, log=list)
-    assert str(root) in str(info.value)
+    assert str(root) in str(info.value) and "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("train_file, says", [
+@pytest.mark.parametrize("train_file, message", [
     ("train/a/0.png", r"train has a single class \(a\)"),
-    ("train/0.png", "train has no class folders: .*train/<class>/"),
-    ("train/.cache/0.png", "train has no class folders"),
+    ("train/0.png", "train/<class>/"),
 ])
-def test_too_few_classes(tmp_path, train_file, says):
+def test_too_few_classes(tmp_path, train_file, message):
     root = write_folder(tmp_path, {"test/a/0.png": "red", train_file: "red"})
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         data.load("imagefolder", root)
 
 
 def test_test_images_alone(tmp_path):
     root = minimal(tmp_path, {"train/red/1.png": b"broken", "train/green/0.png": "green",
-                              "val/grey/0.png": "grey"})
+                              "val/gray/0.png": "gray"})
     with pytest.raises(UserError, match="1.png cannot be read"):
         data.load("imagefolder", root, 8, log=list)
     train, test = data.load("imagefolder", root, 8, log=quiet, test_only=True)
@@ -537,7 +433,7 @@ def test_test_images_alone(tmp_path):
     assert test.mean is None and test.std is None
     for name in ("train", "test"):
         (root / name).rename(tmp_path / f"not_{name}")
-    assert data.load("imagefolder", root, 8, log=quiet, test_only=True)[1].classes == ["grey"]
+    assert data.load("imagefolder", root, 8, log=quiet, test_only=True)[1].classes == ["gray"]
 
 
 def test_a_data_set_read_from_arrays(tmp_path, monkeypatch):
@@ -559,43 +455,30 @@ def test_a_data_set_read_from_arrays(tmp_path, monkeypatch):
     np.testing.assert_allclose(train.std, x.std((0, 2, 3)) / 255, rtol=1e-9)
     assert (test.mean, test.std) == (train.mean, train.std)
 
-    alone, test = data.load("mine", tmp_path, 8, test_only=True)
-    assert alone is None and test.images.shape == (2, 3, 8, 8) and test.mean is not None
-    x[:, 1] = 7
+    none, test = data.load("mine", tmp_path, 8, test_only=True)
+    assert none is None and test.images.shape == (2, 3, 8, 8) and test.mean is not None
+    x[:, 1] = 7  # a constant channel
     np.savez(tmp_path / "mine.npz", x=x, y=[0] * 2500)
-    assert data.load("mine", tmp_path, 4)[0].std[1] > 0, "a constant channel can be normalised"
+    assert data.load("mine", tmp_path, 4)[0].std[1] > 0
     np.savez(tmp_path / "mine.npz", x=x / 255, y=[0] * 2500)
     with pytest.raises(TypeError, match="images must be uint8.*float64"):
         data.load("mine", tmp_path, 8)
+    np.savez(tmp_path / "mine.npz", x=x, y=[2] * 2500)
+    with pytest.raises(UserError, match="labels from 2 to 2, and 2 classes"):
+        data.load("mine", tmp_path, 8)
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_digits(size):
-    train, test = data.load("digits", "unused", size, log=quiet)
+def test_digits():
+    train, test = data.load("digits", "unused", 8, log=quiet)
     digits = load_digits()
     assert (len(train), len(test)) == (1438, 359)
     assert train.classes == [str(i) for i in range(10)] and not train.flip and not test.flip
-    assert torch.equal(train.labels.bincount() + test.labels.bincount(),
-                       torch.from_numpy(np.bincount(digits.target)))
-    exact = digits.target.size / 10 * 0.2
-    assert (test.labels.bincount() - exact).abs().max() < 2
-    if size == 8:
-        grey = np.rint(digits.images * 255 / 16)
-        got = {im[0].numpy().tobytes() for im in torch.cat((train.images, test.images))}
-        assert got == {im.astype(np.uint8).tobytes() for im in grey}
-    assert train.images.shape[1:] == (3, size, size) and train.images.max() == 255
+    assert (test.labels.bincount() - 359 / 10).abs().max() < 2
+    gray = np.rint(digits.images * 255 / 16).astype(np.uint8)
+    got = {im[0].numpy().tobytes() for im in torch.cat((train.images, test.images))}
+    assert got == {im.tobytes() for im in gray} and train.images.max() == 255
     assert (train.images[:, :1] == train.images).all()
     np.testing.assert_allclose(train.mean, 3 * [train.images.double().mean().item() / 255])
-
-
-def test_enlarged_digits_are_bilinear():
-    small, _ = data.load("digits", "", 8)
-    large, _ = data.load("digits", "", 32)
-    for i in (0, 700):
-        image = Image.fromarray(small.images[i, 0].numpy())
-        expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
-        difference = large.images[i, 0].numpy() - expected
-        assert np.abs(difference).max() <= 1 and abs(difference.mean()) < 0.2  # rounded, not cut
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
@@ -642,54 +525,32 @@ def test_cifar(cifar):
         np.testing.assert_allclose(train.std[0], std)
 
 
-@pytest.mark.parametrize("damage", ["change", "remove"])
-def test_damaged_cifar(cifar, damage):
+def test_damaged_cifar(cifar):
     name, root, folder, cls = cifar
     path = folder / cls.test_list[0][0]
-    content = path.read_bytes()
-    path.unlink()
-    if damage == "change":
-        path.write_bytes(content[:-1] + b"!")
-    with pytest.raises(UserError, match=f"{cls.base_folder} is damaged: delete it") as info:
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=f"{root}/{cls.base_folder} is damaged: delete it"):
         data.load(name, root)
-    assert str(root) in str(info.value) and "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("was_there", [False, True])
-def test_absent_cifar_that_cannot_be_downloaded(cifar, tmp_path, monkeypatch, was_there):
+def test_absent_cifar_that_cannot_be_downloaded(cifar, tmp_path, monkeypatch):
     name, _, _, cls = cifar
     root = tmp_path / "new/empty"
-    if was_there:
-        root.mkdir(parents=True)
 
     def download(self):
         root.mkdir(parents=True, exist_ok=True)
         raise urllib.error.URLError("no\nnetwork")
 
     monkeypatch.setattr(cls, "download", download)
-    with pytest.raises(UserError, match=r"download failed .*no\snetwork") as info:
+    with pytest.raises(UserError, match=f"{root}/.* download failed .*no network"):
         data.load(name, root)
-    for part in (str(root), cls.base_folder, "--dataset digits or imagefolder"):
-        assert part in str(info.value)
-    assert root.exists() == (tmp_path / "new").exists() == was_there
+    assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_of_images_is_not_taken_for_cifar(cifar, tmp_path, monkeypatch):
+def test_a_folder_of_images_is_not_mistaken_for_cifar(cifar, tmp_path, monkeypatch):
     name, root, _, cls = cifar
     monkeypatch.setattr(cls, "download", lambda self: pytest.fail("downloads"))
     with pytest.raises(UserError, match="images has train/: give --dataset imagefolder"):
         data.load(name, minimal(tmp_path / "images"))
     minimal(root)
     assert len(data.load(name, root)[1]) == 4
-
-
-def test_absent_cifar_is_downloaded(cifar, tmp_path, monkeypatch):
-    name, root, folder, cls = cifar
-    new = tmp_path / "new"
-
-    def download(self):
-        new.mkdir()
-        folder.rename(new / cls.base_folder)
-
-    monkeypatch.setattr(cls, "download", download)
-    assert len(data.load(name, new)[1]) == 4

@@ -30,17 +30,17 @@ def test_a_recovery_in_an_orthonormal_dictionary_keeps_all(seed, first_rises):
     rng = np.random.default_rng(seed)
     A, _ = np.linalg.qr(rng.standard_normal((7, 7)))
     b = A @ (rng.choice([-1, 1], 7) * rng.permutation([7, 6, 1, 1.1, 1.2, 1.3, 1.4]))
-    opposite, kept, leaves, _ = dictionary.keep(Setting(lam=1e-6), A, b, first_rises)
+    opposite, kept, leaves, _ = dictionary.measure_recovery(Setting(lam=1e-6), A, b, first_rises)
     assert opposite == 0 and kept == pytest.approx(1, abs=1e-4) and not leaves
 
 
 def test_a_pair_that_falls_far_enough_leaves():
     for second, first_rises, left in ((2, True, True), (2.3, False, False)):
         b = np.array([3, second, 1.99])
-        _, _, leaves, loser = dictionary.keep(Setting(), np.eye(3), b, first_rises)
+        _, _, leaves, loser = dictionary.measure_recovery(Setting(), np.eye(3), b, first_rises)
         assert leaves == left and loser == left
-    codes = dictionary.keep(Setting(lam=2.5), np.eye(3), b, True)  # with one nonzero entry
-    assert np.isnan(codes).all()
+    # With this lam the code has one nonzero entry.
+    assert np.isnan(dictionary.measure_recovery(Setting(lam=2.5), np.eye(3), b, True)).all()
 
 
 @given(st.lists(st.integers(-3, 3), min_size=3, max_size=9))

@@ -48,7 +48,7 @@ import torch
 from harness import distributed
 save_checkpoint = runs.Run.save_checkpoint
 def keep(self, **state):
-    state_and_args = dict(state, args=runs.saved(self.args))
+    state_and_args = dict(state, args=runs.args_dict(self.args))
     torch.save(state_and_args, f"{self.path}-{distributed.rank()}.pt")
     save_checkpoint(self, **state)
 runs.Run.save_checkpoint = keep

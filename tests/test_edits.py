@@ -41,7 +41,7 @@ import search
 from genotypes import PRIMITIVES, Genotype
 from harness import checkpoints
 from model import NetworkCIFAR
-from model_search import Cell, MixedOp, Network
+from model_search import MixedCell, MixedOp, Network
 from operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
 from utils import UserError
 
@@ -238,18 +238,18 @@ def with_residual(op, x, pair_weight=None):
     (False, lambda patch: patch.setattr(SepConv, "forward", with_residual),
      "sep_conv_3x3 at stride 1: .*multiply the whole output"),
     (True, in_init(DilConv, lambda op: op.op.append(nn.Tanh())),
-     "dil_conv_3x3 at stride 1: .*goes on after its last BatchNorm"),
+     "dil_conv_3x3 at stride 1: .*other layers follow the last BatchNorm"),
     (True, OPERATIONS["GroupNorm"], "dil_conv_3x3 at stride 1: .* needs a BatchNorm at the end"),
     (False, in_init(DilConv, put(0, lambda _: nn.ReLU(inplace=True))),
      "dil_conv_3x3 at stride 1: the operation writes into its input"),
     (False, in_init(SepConv, give(1, stride=(1, 1))),
-     "sep_conv_3x3 at stride 2: .* have to become"),
+     "sep_conv_3x3 at stride 2: an input of shape"),
     (True, in_forward(FactorizedReduce, lambda before, op, x: before(op, x) ** 2),
      "skip_connect at stride 2: .* cannot absorb w"),
-    (True, OPERATIONS["MixedOp"], "an edit of MixedOp, Cell or Network"),
-    (True, in_forward(Cell, lambda before, cell, s0, s1, keep, support, weights: before(
+    (True, OPERATIONS["MixedOp"], "an edit of MixedOp, MixedCell or Network"),
+    (True, in_forward(MixedCell, lambda before, cell, s0, s1, keep, support, weights: before(
         cell, s0, s1, keep, support, [torch.stack(w).softmax(0).unbind() for w in weights])),
-     "an edit of MixedOp, Cell or Network"),
+     "an edit of MixedOp, MixedCell or Network"),
 ])
 def test_a_search_refuses_what_would_compute_something_else(one_stage, edit, reason, monkeypatch):
     edit(monkeypatch)
@@ -267,14 +267,23 @@ def test_absorption_is_checked_at_the_end_too(monkeypatch):
     for b in net.arch_parameters():
         nn.init.normal_(b)
     net.absorb()
-    in_forward(Cell, lambda before, *args: 2 * before(*args))(monkeypatch)
-    with pytest.raises(ValueError, match="an edit of MixedOp, Cell or Network"):
+    in_forward(MixedCell, lambda before, *args: 2 * before(*args))(monkeypatch)
+    with pytest.raises(ValueError, match="an edit of MixedOp, MixedCell or Network"):
         net.absorb()
 
 
 # ------------------------------------------------------------------------------------------------
 # Runs of edited sources
 # ------------------------------------------------------------------------------------------------
+
+
+KEEP_PREVIOUS = """
+@@ harness/checkpoints.py
++    import pathlib, shutil
++    if pathlib.Path(path).exists():
++        shutil.copy(path, f"{path}.previous")
+     write_file(path, buffer.getbuffer())
+"""
 
 
 def edited(folder, *patches):
@@ -284,7 +293,7 @@ def edited(folder, *patches):
         copied = sources / path.relative_to(ROOT)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copied)
-    for hunk in "".join(patches).split("\n@@ ")[1:]:
+    for hunk in "".join((KEEP_PREVIOUS, *patches)).split("\n@@ ")[1:]:
         name, *lines = hunk.rstrip("\n").split("\n")
         old, new = ("".join(f"{line[1:]}\n" for line in lines if line[:1] in kept)
                     for kept in ((" ", "-", ""), (" ", "+", "")))
@@ -313,13 +322,13 @@ class Run:
         for name in ("config.json", "metrics.jsonl", "genotypes.jsonl"):
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, again)
-        shutil.copy(self.folder / "checkpoint-previous.pt", again / "checkpoint.pt")
+        shutil.copy(self.folder / "checkpoint.pt.previous", again / "checkpoint.pt")
         finish(sources / script, "--resume", "again", cwd=parent, launcher=launcher)
         assert_same_run(self.folder, again)
 
         self.rows = rows(self.folder / "metrics.jsonl")
-        self.before, self.last = (
-            saved(self.folder / f"checkpoint{when}.pt") for when in ("-previous", ""))
+        self.before = saved(self.folder / "checkpoint.pt.previous")
+        self.last = saved(self.folder / "checkpoint.pt")
         self.weights = self.last["net" if script == "search.py" else "weights"]
 
 
@@ -340,9 +349,7 @@ def optimizer_of_search(name):
 
     return Edit(f"""
 @@ search.py
--    weight_optimizer = utils.SGD(
--        net.weight_parameters(), args.learning_rate, args.momentum, args.weight_decay
--    )
+-    weight_optimizer = utils.sgd(net.weight_parameters(), args)
 +    weight_optimizer = torch.optim.{name}(net.weight_parameters(), 0.002)
 """, effect)
 
@@ -355,9 +362,7 @@ def optimizer_of_training(name):
 
     return Edit(f"""
 @@ train.py
--    optimizer = utils.SGD(
--        net.parameters(), args.learning_rate, args.momentum, args.weight_decay
--    )
+-    optimizer = utils.sgd(net.parameters(), args)
 +    optimizer = torch.optim.{name}([
 +        dict(params=[p for p in net.parameters() if p.ndim > 1]),
 +        dict(params=[p for p in net.parameters() if p.ndim <= 1], lr=0.004, eps=1e-7),
@@ -392,9 +397,9 @@ MIXUP = Edit("""
 +        x, y = share * x + (1 - share) * x[order], share * y + (1 - share) * y[order]
          loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
 @@ train.py
--    return utils.named(meter.read(), "train")
+-    return utils.name_metrics(meter.read(), "train")
 +    entropy = torch.special.entr(y).sum(1).mean()
-+    return utils.named(meter.read(), "train") | {"entropy": entropy}
++    return utils.name_metrics(meter.read(), "train") | {"entropy": entropy}
 """, lambda run: all(row["train_loss"] > row["entropy"] > 0.3 for row in run.rows))
 
 
@@ -419,7 +424,7 @@ ROW = Edit("""
 +            row["torch"] = net.classifier.weight.detach().norm()
 +            row["array"] = np.arange(3)
 +            row["dict"] = {"normal": torch.tensor(0.25), 3: np.int64(4)}
-             row["changed"] = len(genotypes.moved(before, net.genotype()))
+             row["changed"] = len(genotypes.changed_pairs(before, net.genotype()))
 @@ search.py
      return {
 +        "‖weights‖": "{torch:.5f}",
@@ -438,13 +443,13 @@ def has_averaged(run):
 
 AVERAGE = Edit("""
 @@ train.py
-     epoch, best = 0, -1.0
+     epoch, best, row = 0, -1.0, {}
 +    average = torch.optim.swa_utils.AveragedModel(net)
 @@ train.py
          checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
 +        average.load_state_dict(checkpoint["average"])
 @@ train.py
-             row |= train_epoch(parallel, batches, optimizer, run, graphs_enabled)
+             row.update(train_epoch(parallel, batches, optimizer, run, graphs_enabled))
 +            average.update_parameters(net)
 @@ train.py
          run.save_checkpoint(
@@ -579,9 +584,9 @@ LOSSES = Edit("""
          loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
 +        LOSSES.append(loss)
 @@ train.py
--    return utils.named(meter.read(), "train")
+-    return utils.name_metrics(meter.read(), "train")
 +    losses = torch.stack(LOSSES[-len(batches):])
-+    return utils.named(meter.read(), "train") | {"losses": losses}
++    return utils.name_metrics(meter.read(), "train") | {"losses": losses}
 """, has_kept_losses)
 
 SCHEDULER = Edit("""
@@ -606,7 +611,7 @@ SCHEDULER = Edit("""
 
 RECALIBRATION = Edit("""
 @@ train.py
-             row |= train_epoch(parallel, batches, optimizer, run, graphs_enabled)
+             row.update(train_epoch(parallel, batches, optimizer, run, graphs_enabled))
 +            torch.optim.swa_utils.update_bn(batches, net)
 """, lambda run: run.weights["stem.1.num_batches_tracked"] == 9)  # batches of an epoch
 
@@ -621,7 +626,7 @@ UNROLLED = Edit("""
 -def arch_step(net, x, y, weight_optimizer, arch_optimizer, args):
 +def arch_step(net, x, y, x_train, y_train, weight_optimizer, arch_optimizer, args):
 @@ search.py
--    with utils.held(weight_optimizer):
+-    with utils.no_gradients_of(weight_optimizer):
 -        with speedups.autocast(net, x.device, args.amp):
 -            logits, logits_aux = net(x)
 -        loss, total = utils.criterion(logits, logits_aux, y, args)
@@ -637,20 +642,20 @@ UNROLLED = Edit("""
 +    arch_optimizer.zero_grad()
 +    loss.backward(inputs=net.arch_parameters())
 @@ search.py
--        loss, logits = graphs.run(arch_step, plain, x_arch, y_arch, *moved)
-+        loss, logits = graphs.run(arch_step, plain, x_arch, y_arch, x, y, *moved)
+-            arch_step, supernet, x_arch, y_arch, weight_optimizer, arch_optimizer, args
++            arch_step, supernet, x_arch, y_arch, x, y, weight_optimizer, arch_optimizer, args
 """, lambda run: True, ("--train_portion", 0.7))
 
 AVERAGED_SUPERNET = Edit("""
 @@ search.py
-     run.begin(device, columns(args, measured_name))
+     run.begin(device, columns(args, eval_name))
 +    average = torch.optim.swa_utils.AveragedModel(net)
 +    if checkpoint:
 +        average.load_state_dict(checkpoint["average"])
 @@ search.py
-             row["changed"] = len(genotypes.moved(before, net.genotype()))
+             row["changed"] = len(genotypes.changed_pairs(before, net.genotype()))
 +            average.update_parameters(net)
-+            row["average_loss"], _ = utils.evaluate(average.module, measured_batches)
++            row["average_loss"], _ = utils.evaluate(average.module, eval_batches)
 +            row["is_same"] = average.module.genotype() == net.genotype()
 @@ search.py
          run.save_checkpoint(
@@ -765,18 +770,18 @@ def test_numbers_that_the_code_changes_between_a_stop_and_a_resumption(tmp_path)
     finish(ROOT / script, *flags, "--epochs", 1, "--save", "run", cwd=tmp_path)
     first = saved(tmp_path / "run/checkpoint.pt")
     sources = edited(tmp_path, """
-@@ search.py
--        net.weight_parameters(), args.learning_rate, args.momentum, args.weight_decay
-+        net.weight_parameters(), 0.05, 0.8, args.weight_decay
+@@ utils.py
+-        parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
++        parameters, 0.05, 0.8, weight_decay=args.weight_decay, fused=True
 @@ search.py
 -        net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
 +        net.arch_parameters(), args.arch_learning_rate, betas=(0.9, 0.999), eps=1e-6,
 """)
     resumed = finish(sources / script, "--resume", "run", "--epochs", 2, cwd=tmp_path).stdout
     lines = [line for line in resumed.splitlines() if "because the code has changed" in line]
-    assert [line.split(" from here")[0] for line in lines] == [
-        "SGD: lr is 0.05", "SGD: momentum is 0.8", "Adam: betas is (0.9, 0.999)",
-        "Adam: eps is 1e-06",
+    assert [line.split(" instead of")[0] for line in lines] == [
+        "SGD: lr is now 0.05", "SGD: momentum is now 0.8", "Adam: betas is now (0.9, 0.999)",
+        "Adam: eps is now 1e-06",
     ]
     last = saved(tmp_path / "run/checkpoint.pt")
     sgd, adam = (last[name]["param_groups"][0] for name in ("weight_optimizer", "arch_optimizer"))
@@ -816,8 +821,9 @@ def test_other_nodes_and_primitives(nodes, first, count, tmp_path):
            cwd=tmp_path)
     trained = saved(tmp_path / "trained/checkpoint.pt")
     names = [key for key in trained["weights"] if "running_" not in key and "num_" not in key]
-    idle = {*range(len(names))} - trained["optimizer"]["state"].keys()
-    assert not any("._ops." in names[k] for k in idle)  # all pairs have run
+    momenta = trained["optimizer"]["state"]
+    idle = [name for k, name in enumerate(names) if not momenta[k]["momentum_buffer"].any()]
+    assert not any("._ops." in name for name in idle)  # all pairs have run
     refused = finish(ROOT / "search.py", "--resume", "run", cwd=tmp_path, status=2)
     assert "other operations" in refused.stderr and refused.stderr.count("\n") == 1
 

@@ -6,7 +6,6 @@ And failures on the way: one line as well, and no checkpoint is lost.
 import errno
 import json
 import os
-import random
 import re
 import shutil
 
@@ -20,7 +19,6 @@ from scripts import (
     TRAIN,
     TWO_STAGE,
     Process,
-    assert_same,
     run,
     saved,
 )
@@ -30,7 +28,6 @@ import data
 import genotypes
 import search as search_script
 import train as train_script
-import utils
 from harness import checkpoints
 
 resource = pytest.importorskip("resource")  # there is none on Windows
@@ -69,7 +66,6 @@ def place(tmp_path_factory):
     for name, content in (("truncated", checkpoint[: len(checkpoint) // 2]), ("empty_file", b"")):
         (place / name).mkdir()
         (place / name / "checkpoint.pt").write_bytes(content)
-    shutil.copy(place / "search/checkpoint.pt", place / "truncated/checkpoint-previous.pt")
     torch.save({"model": torch.nn.Linear(2, 2)}, place / "code.pt")
     torch.save(torch.zeros(3), place / "tensor.pt")
     torch.save({"a": torch.zeros(3)}, place / "other.pt")
@@ -214,7 +210,7 @@ LATE = [
     (search("--resume", "search", "--dataset", "cifar10"), "--dataset cifar10 contradicts"),
     (search("--resume", "search", "--epochs", "1"), "--epochs 1 contradicts"),
     (search("--resume", "search", "--one_stage"), "--one_stage"),
-    (search("--resume", "truncated"), "truncated/checkpoint-previous.pt, of the epoch before, is"),
+    (search("--resume", "truncated"), "truncated/checkpoint.pt is damaged"),
     (search("--resume", "empty_file"), "damaged"),
     (evaluate("code.pt"), "damaged, or not"),
     (evaluate("text.txt"), "damaged, or not"),
@@ -288,30 +284,11 @@ def test_images_that_fill_the_memory(place, tmp_path, monkeypatch):
     check("search.py", 2, run("search.py", *flags, cwd=tmp_path, status=2).stderr, "too little")
 
 
-def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(place, tmp_path):
-    whole = (place / "search/checkpoint.pt").read_bytes()
-    state = checkpoints.load(place / "search/checkpoint.pt")
-    rng = random.Random(0)
-    noticed = 0
-    for _ in range(30):
-        damaged = bytearray(whole)
-        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        (tmp_path / "checkpoint.pt").write_bytes(damaged)
-        try:
-            loaded = checkpoints.load(str(tmp_path / "checkpoint.pt"))
-        except utils.UserError as error:
-            assert "checkpoint.pt is damaged" in str(error) and "\n" not in str(error)
-            noticed += 1
-        else:  # a byte that says nothing: padding, dates
-            assert_same(loaded, state)
-    assert noticed > 10
-
-
 def test_a_search_among_operations_in_another_order_is_not_resumed(place, monkeypatch):
     first, second, *others = genotypes.PRIMITIVES
     monkeypatch.setattr(genotypes, "PRIMITIVES", [second, first, *others])  # the pools
     err = run("search.py", "--resume", "search", cwd=place, status=2).stderr
-    check("search.py", 2, err, "among other operations")
+    check("search.py", 2, err, "with other operations")
 
 
 @pytest.mark.parametrize("script", ["search.py", "train.py"])

@@ -99,13 +99,13 @@ def parse(*flags):
 def test_distinct_edges_hold_for_every_group():
     args = parse("--distinct_edges")
     args.save = Path(args.save)
-    groups = {group: (group, seed, flags) for group, seed, flags in evidence.cells(args)}
+    groups = {group: (group, seed, flags) for group, seed, flags in evidence.list_cells(args)}
     assert evidence.architecture(groups["random"], args) == "random:7:distinct"
     for group in ("searched", "one_stage"):
         assert "--distinct_edges" in groups[group][2].split()
     args.distinct_edges = False
     assert evidence.architecture(groups["random"], args) == "random:7"
-    assert not any("distinct" in (flags or "") for _, _, flags in evidence.cells(args))
+    assert not any("distinct" in (flags or "") for _, _, flags in evidence.list_cells(args))
 
 
 def test_learning_rates_follow_the_linear_rule():
@@ -132,7 +132,7 @@ def test_what_is_known_of_a_one_stage_cell(tmp_path):
     torch.save({"about": {"epoch": 1, "test_accuracy": 62.5}}, search / "network.pt")
     args = parse()
     args.save = tmp_path
-    assert evidence.result(("one_stage", 0, ""), args) == dict(
+    assert evidence.read_result(("one_stage", 0, ""), args) == dict(
         group="one_stage", seed=0, accuracy=80.0, parameters=5, multiply_adds=6,
         genotype=genotype, supernet=61.0, changed=[3], skips=1, absorbed=62.5,
     )
@@ -150,7 +150,7 @@ def test_the_text_gives_the_statistics():
     random = [50.0, 52.0, 54.0, 56.0]
     own = [55.0, 57.0, 53.0, 58.0, 54.5, 57.5]
     supernet = [40.0, 42.0, 41.0, 45.0, 43.0, 44.0]
-    text = evidence.summary(
+    text = evidence.summarize(
         rows("random", random) + rows("searched", own, supernet=supernet, changed=6 * [[3, 0]])
     )
     wins = np.mean([a > b for a in own for b in random])
@@ -164,8 +164,8 @@ def test_the_text_gives_the_statistics():
 def test_one_stage_cells_are_ranked_where_there_are_enough(count):
     supernet = [float(k) for k in range(count)]
     one_stage = rows("one_stage", supernet, supernet=supernet, changed=count * [[1]])
-    assert ("one_stage: Kendall's tau" in evidence.summary(one_stage)) == (count == 6)
-    right = evidence.figure(one_stage).axes[1]
+    assert ("one_stage: Kendall's tau" in evidence.summarize(one_stage)) == (count == 6)
+    right = evidence.draw_figure(one_stage).axes[1]
     assert len(right.lines) == (count == 6)
 
 

@@ -140,7 +140,7 @@ def test_what_is_done_is_not_done_again_and_the_summary_tells_it(
     assert ["--dictionary normal" in command for command in commands] == [False, True]
     assert all("--distinct_edges --seed 2" in command for command in commands)
     assert len({row["first"] for row in rows[3:] if row["condition"] != "normal"}) == 1
-    with pytest.raises(UserError, match="is of other flags"):
+    with pytest.raises(UserError, match="has results with other flags"):
         call(trained, "search", "--cells", "5")
 
     capsys.readouterr()

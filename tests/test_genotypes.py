@@ -2,14 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scripts import ROOT
 
 import genotypes
 from genotypes import NODES, PRIMITIVES, Genotype
@@ -37,11 +34,6 @@ def equal(a, b):
     return genotypes.as_lists(a) == genotypes.as_lists(b)
 
 
-def test_the_import_brings_no_torch():
-    code = "import sys, genotypes; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 @pytest.mark.parametrize("name, one_stage", [
     ("ISTA_twostage", False), ("ISTA_onestage", True), ("ISTA_ImageNet", False),
 ])
@@ -51,7 +43,7 @@ def test_published_names(name, one_stage):
 
 @given(genotype=cells(), one_stage=st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_a_file_gives_back_what_was_saved(tmp_path_factory, genotype, one_stage):
+def test_save_and_load_round_trip(tmp_path_factory, genotype, one_stage):
     folder = tmp_path_factory.mktemp("g")
     genotypes.save(folder / "genotype.json", genotype, one_stage, seed=3, note="é")
     for path in (folder / "genotype.json", folder, str(folder)):
@@ -63,7 +55,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path_factory, genotype, one_stage)
 
 
 @given(genotype=cells())
-def test_printed_text_gives_back_the_genotype(genotype):
+def test_printed_text_round_trip(genotype):
     assert equal(genotypes.load(str(genotype))[0], genotype)
     line = f"2020-10-13 10:15:00,123 genotype = {genotype}\n"
     assert equal(genotypes.load(line)[0], genotype)
@@ -81,52 +73,46 @@ def test_the_order_of_the_pairs_is_kept():
     assert genotypes.load(GOOD)[0].normal[4:6] == [("dil_conv_3x3", 1), ("sep_conv_3x3", 0)]
 
 
-def test_what_moved_is_told_pair_by_pair():
+def test_changed_pairs():
     before = genotypes.ISTA_twostage
     pairs = [("sep_conv_3x3", 1), before.normal[1], *before.normal[2:7], ("skip_connect", 4)]
     after = before._replace(normal=pairs)
-    assert genotypes.moved(before, before) == []
-    assert genotypes.moved(before, after) == [
+    assert genotypes.changed_pairs(before, before) == []
+    assert genotypes.changed_pairs(before, after) == [
         "normal node 0: skip_connect of c_{k-2} → sep_conv_3x3 of c_{k-1}",
         "normal node 3: skip_connect of c_{k-2} → skip_connect of node 2",
     ]
 
 
 # ------------------------------------------------------------------------------------------------
-# What is not a genotype
+# Invalid genotypes
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, says", [
+@pytest.mark.parametrize("text, message", [
     ("no_such_name", "unknown genotype"),
     ("random:", "random:SEED"),
-    ("random:-1", "random:SEED"),
     ("random:٣", "random:SEED"),
-    ("random:3:other", "random:SEED:distinct"),
     ("random:" + "9" * 5000, "random:SEED"),
     ("Genotype()", "does not give normal"),
     (GOOD[:-5], "malformed"),
     (GOOD.replace("skip_connect", "none"), "no operation 'none'"),
     (GOOD.replace("'skip_connect', 0", "'skip_connect', 2"), "node 2 cannot take its input"),
-    (GOOD.replace("'skip_connect', 0", "'skip_connect', -1"), "cannot take"),
     (GOOD.replace("'skip_connect', 0", "'skip_connect', True"), "cannot take"),
     (GOOD.replace("('skip_connect', 0), ", "", 1), "as many pairs"),
     (GOOD.replace("range(2, 6)", "range(2, 7)"), "nodes of 2 to 5"),
     (GOOD.replace("range(2, 6)", "[2, 2]"), "each once"),
-    (GOOD.replace("range(2, 6)", "4"), "nodes of 2 to 5"),
-    (GOOD.replace("normal_concat", "concat"), "does not give normal_concat"),
     ("x" * 300_000 + "Genotype(" + "[" * 200_000 + ")", "malformed"),
     ("Genotype(" + "-" * 50_000 + "1)", "malformed"),
 ], ids=lambda text: text[:40])
-def test_what_is_wrong_is_said_in_a_line(text, says):
-    with pytest.raises(ValueError) as error:
+def test_an_invalid_genotype_is_described_in_one_line(text, message):
+    with pytest.raises(ValueError, match=message) as error:
         genotypes.load(text)
-    message = str(error.value)
-    assert says in message and "\n" not in message and len(message) < 400
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("content", [
-    "", "{", "[]", "null", "\x00\x01", '{"normal": []}', "[" * 100_000,
+    "", "[]", "\x00\x01", '{"normal": []}', "[" * 100_000,
     json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "normal": 5}),
 ], ids=lambda text: text[:40])
 def test_a_damaged_file_is_named(tmp_path, content):
@@ -146,14 +132,13 @@ def test_a_file_may_lack_one_stage_and_have_a_byte_order_mark(tmp_path):
     assert genotypes.load(path) == (genotypes.ISTA_onestage, True)
 
 
-def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(OSError, match=path.name):
-            genotypes.load(str(path))
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(OSError, match="none.json"):
+        genotypes.load(tmp_path / "none.json")
 
 
 def damaged(text):
-    """Texts that differ from `text` by a few deletions and insertions."""
+    """Strategy for texts that differ from `text` by a few deletions and insertions."""
 
     def apply(edits):
         result = text
@@ -178,7 +163,7 @@ def damaged(text):
 @example(GOOD.replace("range(2, 6)", "[[2]]"))
 @example(GOOD.replace("range(2, 6)", "[2.0]"))
 @settings(max_examples=400, deadline=None)
-def test_hostile_and_damaged_texts_are_refused_or_give_a_genotype(text):
+def test_hostile_and_damaged_texts_raise_an_error_or_give_a_genotype(text):
     try:
         genotype, _ = genotypes.load(text)
     except (ValueError, OSError) as error:
@@ -197,15 +182,11 @@ def test_a_random_cell_is_reproducible_and_valid():
     assert drawn == [genotypes.load(f"random:{seed}") for seed in range(50)]
     assert len({str(genotype) for genotype, _ in drawn}) == 50
     for genotype, one_stage in drawn:
-        assert one_stage is False
-        assert genotypes.load(str(genotype))[0] == genotype
-        for pairs in (genotype.normal, genotype.reduce):
-            for a, b in zip(pairs[::2], pairs[1::2], strict=True):
-                assert (a[1], PRIMITIVES.index(a[0])) < (b[1], PRIMITIVES.index(b[0]))
+        assert one_stage is False and genotypes.load(str(genotype))[0] == genotype
 
 
-def test_a_seed_gives_the_cell_it_always_gave():
-    # Old runs and tables name their cells by these seeds.
+def test_the_cell_of_a_seed_never_changes():
+    # Existing runs and tables refer to cells by these seeds.
     assert genotypes.draw(0) == Genotype(
         normal=[
             ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("avg_pool_3x3", 0), ("dil_conv_5x5", 1),
@@ -221,7 +202,7 @@ def test_a_seed_gives_the_cell_it_always_gave():
 
 
 @pytest.mark.parametrize("cell, k", [("normal", 0), ("normal", 7), ("reduce", 3)])
-def test_one_shared_edge_is_found_in_any_node(cell, k):
+def test_has_distinct_edges_checks_every_node(cell, k):
     assert genotypes.has_distinct_edges(genotypes.ISTA_twostage)
     pairs = list(getattr(genotypes.ISTA_twostage, cell))
     pairs[k] = (pairs[k][0], pairs[k ^ 1][1])
@@ -229,7 +210,7 @@ def test_one_shared_edge_is_found_in_any_node(cell, k):
 
 
 def assert_uniform(counts, kinds, quantile):
-    """By the χ² test, at the 99.9 % quantile of so many kinds less one degrees of freedom."""
+    """χ² test with `kinds` - 1 degrees of freedom, whose 99.9 % quantile is `quantile`."""
     expected = sum(counts.values()) / kinds
     chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
     assert len(counts) == kinds and chi2 < quantile
@@ -244,6 +225,5 @@ def test_random_cells_of_distinct_edges_are_uniform():
     assert genotypes.load("random:7:distinct") == (genotypes.draw(7, distinct_edges=True), False)
     drawn = [genotypes.draw(seed, distinct_edges=True) for seed in range(3000)]
     assert all(genotypes.has_distinct_edges(genotype) for genotype in drawn)
-    assert all(genotypes.load(str(genotype))[0] == genotype for genotype in drawn[:50])
     assert_uniform(Counter((g.reduce[4][1], g.reduce[5][1]) for g in drawn), 6, 20.5)
     assert_uniform(Counter(g.normal[0][0] for g in drawn), len(PRIMITIVES), 22.5)

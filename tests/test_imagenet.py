@@ -100,7 +100,7 @@ def test_one_stage_search_has_the_recipe_of_the_retraining(place):
     share = [search.schedule(args, t, "searching", 0)[0] for t in range(30)]
     assert share == pytest.approx([0.2, 0.4, 0.6, 0.8] + 26 * [1])
     share = [search.schedule(args, 30 + t, "training", t)[0] for t in range(250)]
-    assert share == [utils.warm_up_linear(t, 250) for t in range(250)]
+    assert share == [utils.linear_with_warm_up(t, 250) for t in range(250)]
 
 
 def test_two_stage_search_has_its_setting_at_224_pixels(place):
@@ -112,7 +112,7 @@ def test_two_stage_search_has_its_setting_at_224_pixels(place):
 
 
 def test_the_published_learning_rate():
-    rate = [0.5 * utils.warm_up_linear(t, 250) for t in range(250)]
+    rate = [0.5 * utils.linear_with_warm_up(t, 250) for t in range(250)]
     assert rate[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert rate[5:245] == pytest.approx([0.5 * (245 - t) / 245 for t in range(5, 245)])
     assert rate[245:] == pytest.approx([0.5 * (250 - t) / (5 * 245) for t in range(245, 250)])
@@ -120,7 +120,7 @@ def test_the_published_learning_rate():
 
 @pytest.mark.parametrize("epochs", range(1, 13))
 def test_the_learning_rate_of_short_runs(epochs):
-    share = [utils.warm_up_linear(t, epochs) for t in range(epochs)]
+    share = [utils.linear_with_warm_up(t, epochs) for t in range(epochs)]
     top = min(epochs, 5) - 1
     assert min(share) > 0 and share[top] == max(share) == pytest.approx((top + 1) / 5)
     assert share[:top] == sorted(share[:top]) and share[top:] == sorted(share[top:], reverse=True)

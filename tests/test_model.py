@@ -1,14 +1,13 @@
-"""Networks of a fixed genotype."""
+"""Networks with a fixed genotype."""
 
 import pytest
 import torch
 
 import genotypes
 import model
-from genotypes import PRIMITIVES
 from harness import checkpoints
 from model import NetworkCIFAR, NetworkImageNet, from_config
-from operations import build, drop_path
+from operations import drop_path
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +21,14 @@ def seed():
     (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", False, 5_651_392),
     (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", True, 5_655_232),
 ])
-def test_published_networks_have_their_parameters(network, shape, genotype, one_stage, parameters):
+def test_number_of_parameters_of_published_networks(network, shape, genotype, one_stage, parameters):
     with torch.device("meta"):
         net = network(*shape, True, genotypes.load(genotype)[0], one_stage)
     named = net.named_parameters()
     assert sum(p.numel() for name, p in named if "auxiliary" not in name) == parameters
 
 
-def test_names_are_those_of_darts():
+def test_parameter_names_and_their_order_are_those_of_darts():
     with torch.device("meta"):
         keys = list(NetworkCIFAR(36, 10, 20, True, genotypes.ISTA_twostage).state_dict())
         imagenet = set(NetworkImageNet(48, 1000, 14, True, genotypes.ISTA_ImageNet).state_dict())
@@ -43,20 +42,13 @@ def test_names_are_those_of_darts():
              "cells.0._ops.1.op.1.weight", "cells.19._ops.6.op.1.weight",
              "auxiliary_head.features.2.weight", "classifier.weight"]
     assert [key for key in keys if key in order] == order
-    assert "cells.0._ops.0.1.weight" not in keys, "a bare skip has no BatchNorm"
+    assert "cells.0._ops.0.1.weight" not in keys  # a skip has no BatchNorm
     assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight"} <= imagenet
     assert not any(key.startswith("auxiliary_head.features.6") for key in imagenet)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("primitive", PRIMITIVES)
-def test_an_operation_divides_the_size_by_its_stride(primitive, stride):
-    y = build(primitive, 6, stride)(torch.randn(2, 6, 8, 8))
-    assert y.shape == (2, 6, 8 // stride, 8 // stride)
-
-
 @pytest.mark.parametrize("image_size", [4, 8, 32, 44, 64])
-def test_the_auxiliary_head_speaks_in_training_only_at_any_size(image_size):
+def test_the_auxiliary_head_runs_in_training_only_at_any_size(image_size):
     net = NetworkCIFAR(4, 7, 5, True, genotypes.ISTA_onestage, True)
     x = torch.randn(3, 3, image_size, image_size)
     logits, logits_aux = net(x)
@@ -71,13 +63,7 @@ def test_the_auxiliary_head_pools_as_darts_does(size, stride):
     torch.testing.assert_close(model.PoolTo2x2()(x), darts(x))
 
 
-def test_imagenet_network_runs():
-    net = NetworkImageNet(8, 5, 4, True, genotypes.ISTA_ImageNet)
-    logits, logits_aux = net(torch.randn(2, 3, 224, 224))
-    assert logits.shape == logits_aux.shape == (2, 5)
-
-
-def test_a_network_is_built_again_from_its_config():
+def test_from_config_rebuilds_a_network():
     genotype = genotypes.draw(3)._replace(normal_concat=[3, 5])
     net = NetworkCIFAR(6, 3, 4, True, genotype, one_stage=True)
     again = from_config(net.config)
@@ -89,21 +75,21 @@ def test_a_network_is_built_again_from_its_config():
 
 
 @pytest.mark.parametrize("network, C", [(NetworkCIFAR, 4), (NetworkImageNet, 8)])
-def test_load_builds_the_network_of_a_file(tmp_path, network, C):
+def test_load(tmp_path, network, C):
     net = network(C, 3, 3, True, genotypes.draw(2), one_stage=True)
     x = torch.randn(4, 3, 64, 64)
-    net(x)  # running statistics of its own
+    net(x)  # changes the running statistics
     about = dict(classes=["cat", "dog", "owl"], mean=[0.1, 0.2, 0.3])
     state = dict(config=net.config, weights=net.state_dict(), about=about)
     checkpoints.save(str(tmp_path / "network.pt"), state)
-    again, known = model.load(tmp_path / "network.pt")
-    assert type(again) is network and known == about and not again.training
+    again, found = model.load(tmp_path / "network.pt")
+    assert type(again) is network and found == about and not again.training
     with torch.no_grad():
         logits, logits_aux = again(x)
         assert logits_aux is None and torch.equal(logits, net.eval()(x)[0])
 
 
-def test_load_is_strict_and_runs_no_code(tmp_path):
+def test_load_rejects_missing_weights_and_executes_no_code(tmp_path):
     path = tmp_path / "network.pt"
     net = NetworkCIFAR(4, 3, 3, False, genotypes.ISTA_twostage)
     weights = {k: v for k, v in net.state_dict().items() if k != "classifier.bias"}
@@ -115,7 +101,7 @@ def test_load_is_strict_and_runs_no_code(tmp_path):
         model.load(path)
 
 
-def test_more_pairs_a_node_make_wider_cells():
+def test_nodes_with_more_pairs():
     pairs = [("avg_pool_3x3", 0), ("skip_connect", 1), ("avg_pool_3x3", 1)] * 4
     net = NetworkCIFAR(4, 10, 3, False, genotypes.Genotype(pairs, range(2, 6), pairs, [5]))
     assert [len(cell._ops) for cell in net.cells] == [12] * 3
@@ -132,27 +118,27 @@ def test_drop_path_drops_samples_and_keeps_the_mean(keep):
     x = torch.rand(4000, 2, 3, 3) + 0.5
     y = drop_path(x, keep)
     kept = (y != 0).flatten(1)
-    assert (kept.all(1) | ~kept.any(1)).all(), "a sample is dropped whole or not at all"
+    assert (kept.all(1) | ~kept.any(1)).all()
     assert abs(kept[:, 0].float().mean().item() - 0.75) < 0.03
     torch.testing.assert_close(y[kept[:, 0]], x[kept[:, 0]] / 0.75)
 
 
-def test_drop_path_spares_a_bare_identity_and_evaluation():
+def test_drop_path_skips_identities_and_evaluation():
     skips = [("skip_connect", 0)] * 8
     genotype = genotypes.Genotype(skips, range(2, 6), skips, range(2, 6))
     x = torch.randn(64, 3, 8, 8)
-    for one_stage, spared in ((False, True), (True, False)):
+    for one_stage, is_identity in ((False, True), (True, False)):
         net = NetworkCIFAR(4, 10, 6, False, genotype, one_stage)
         s = net.stem(x)
-        whole, dropped = (net.cells[0](s, s, keep) for keep in (None, 0.1))
-        assert torch.allclose(whole, dropped) == spared
+        y, dropped = (net.cells[0](s, s, keep) for keep in (None, 0.1))
+        assert torch.allclose(y, dropped) == is_identity
         net.eval().drop_path_prob = 0.9
         logits = net(x)[0]
         net.drop_path_prob = 0.0
         assert torch.equal(net(x)[0], logits)
 
 
-def test_the_drop_path_probability_is_a_number_on_the_device_and_not_in_the_file():
+def test_the_drop_path_probability_is_on_the_device_and_not_in_the_state_dict():
     net = NetworkCIFAR(4, 10, 3, False, genotypes.ISTA_twostage)
     assert net.drop_path_prob == 0 and net.keep_prob == 1
     net.drop_path_prob = 0.2

@@ -345,7 +345,7 @@ def test_codes_and_supports_of_rank_zero_are_everybodys():
 
     for net in (first, second):
         randomize(net)
-        net.recover(share=share)
+        net.recover(broadcast=share)
     assert len(shared) == 2
     assert second.genotype() == first.genotype()
     for a, b in zip(first.codes, second.codes, strict=True):

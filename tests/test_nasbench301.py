@@ -105,9 +105,9 @@ def test_runs_are_scored_epoch_by_epoch(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "scores.png"
     call(a, b, str(genotypes.ISTA_onestage), "random:3", "-o", str(picture))
     output = capsys.readouterr().out
-    assert "ISTA_onestage  93.00 % (88)\n" in output
-    assert "random:3" in output and "not scorable: two pairs on one edge" in output
-    assert f"{a}: 1 of 3 epochs are not scorable: two pairs on one edge" in output
+    assert "cell 1    93.00 % (88)\n" in output
+    assert "random:3" in output and "cannot be scored: two pairs on one edge" in output
+    assert f"{a}: 1 of 3 epochs cannot be scored: two pairs on one edge" in output
     table = [line.split() for line in output.splitlines() if line.split()[0].isdigit()]
     assert table == [
         ["1", "91.00", "%", "(38)", "92.00", "%", "(62)", "50", "±", "18"],
@@ -159,7 +159,7 @@ def test_without_onnxruntime_a_line_says_so(monkeypatch):
 
 def test_a_picture_needs_a_run(monkeypatch):
     monkeypatch.setattr(nasbench301, "Surrogate", Convolutions)
-    with pytest.raises(UserError, match="no folder of a search"):
+    with pytest.raises(UserError, match="no run folder of a search"):
         call("ISTA_twostage", "-o", "scores.png")
 
 

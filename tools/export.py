@@ -86,9 +86,9 @@ def to_onnx(net, image_size, metadata):
 
 def get_args_parser():
     parser = flags.Parser("export.py", __doc__, check=check)
-    parser.add_argument("--weights", required=True, type=flags.name, metavar="FILE",
+    parser.add_argument("--weights", required=True, type=flags.nonempty, metavar="FILE",
                         help="the network.pt of a training or of a finished one-stage search")
-    parser.add_argument("-o", "--output", type=flags.name, metavar="FILE",
+    parser.add_argument("-o", "--output", type=flags.nonempty, metavar="FILE",
                         help="what to write, a name in .onnx (default: beside the weights)")
     return parser
 
