@@ -415,10 +415,10 @@ def scan(root, test_names, log, test_only=False):
     The test folder is the first of `test_names` that exists. Returns (paths, labels) of the
     training images, or None if `test_only`; (paths, labels) of the test images; and the classes.
     """
-    train, test = None, _image_folder(root, test_names)
+    train = None if test_only else _image_folder(root, ["train"])
+    test = _image_folder(root, test_names)
     classes = test.classes
-    if not test_only:
-        train = _image_folder(root, ["train"])
+    if train is not None:
         classes = train.classes
         if len(classes) == 1:
             raise UserError(f"{train.root} has a single class ({classes[0]}): add others")

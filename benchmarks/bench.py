@@ -79,11 +79,6 @@ CUDA_FORMS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------
-# Networks and steps
-# ------------------------------------------------------------------------------------------------
-
-
 def parse_flags(kind, more=()):
     script = train if kind == "retraining" else search
     return script.get_args_parser().parse_args([*KIND_FLAGS[kind], *more])
@@ -194,11 +189,6 @@ def build(kind, form, device, more=(), layout=None):
     return run
 
 
-# ------------------------------------------------------------------------------------------------
-# Clocks
-# ------------------------------------------------------------------------------------------------
-
-
 def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -243,11 +233,6 @@ def call_in_turns(functions, repetitions):
     for function in functions:  # warm up
         function()
     return np.array([[function() for function in functions] for _ in range(repetitions)])
-
-
-# ------------------------------------------------------------------------------------------------
-# Steps on CUDA
-# ------------------------------------------------------------------------------------------------
 
 
 def profile_kernels(run, device):
@@ -311,32 +296,12 @@ def format_row(row):
             f"{row['peak']:7.2f}")
 
 
-# ------------------------------------------------------------------------------------------------
-# On a CPU
-# ------------------------------------------------------------------------------------------------
-
-
-class Table:
-    """Rows of figures, which are printed when they are added and kept for the JSON file."""
-
-    def __init__(self):
-        self.rows, self.section = [], ""
-
-    def title(self, text):
-        self.section = text
-        print(f"\n{text:60}  {'median':>14}  {'quartiles':>19}")
-
-    def add(self, name, values, unit=""):
-        """Add a row: a number, or an array of repetitions."""
-        values = np.atleast_1d(values)
-        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-        self.rows.append(dict(
-            section=self.section, name=name, median=median, unit=unit, repetitions=len(values),
-            lower_quartile=low, upper_quartile=high,
-        ))
-        low, median, high = (f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in (low, median, high))
-        spread = f"{low} – {high}" if len(values) > 1 else ""
-        print(f"  {name:58}  {f'{median} {unit}'.rstrip():>14}  {spread:>19}".rstrip(), flush=True)
+def summarize(kind, name, values, unit=""):
+    """Print the median and the quartiles of an array; return them as a row for the JSON file."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    print(f"  {name:32}{median:9.3f} {unit:4}{f'({low:.3f} – {high:.3f})':>24}", flush=True)
+    return dict(kind=kind, name=name, unit=unit, median=median, lower_quartile=low,
+                upper_quartile=high, repetitions=np.size(values))
 
 
 def serve_form(connection, kind, form, threads):
@@ -350,11 +315,10 @@ def serve_form(connection, kind, form, threads):
         connection.send(time_step(run, CPU))
 
 
-def measure_steps(table, repetitions):
-    """Measure time and peak memory of each kind of step in both forms."""
+def measure_cpu(args):
+    """Print time and peak memory of each kind of step in both forms; yield the rows."""
     context = multiprocessing.get_context("spawn")
-    for kind, batch in CPU_BATCH.items():
-        table.title(f"{kind} step of the published network, batch {batch}")
+    for kind in args.kinds:
         connections, processes = [], []
         for form in CPU_FORMS:
             connection, other_end = context.Pipe()
@@ -371,48 +335,20 @@ def measure_steps(table, repetitions):
             connection.send(True)
             return connection.recv()
 
-        times = call_in_turns([lambda c=c: request(c) for c in connections], repetitions)
+        times = call_in_turns([lambda c=c: request(c) for c in connections],
+                              repetitions=3 if args.quick else 9)
         for connection, process in zip(connections, processes, strict=True):
             connection.send(False)
             process.join()
+        print(f"\n{kind} step of the published network, batch {CPU_BATCH[kind]}: medians "
+              "(and quartiles)")
         for i, form in enumerate(CPU_FORMS):
             before, peak = memory[i]
-            table.add(f"time, {form.name}", 1e3 * times[:, i], "ms")
-            table.add("  peak memory of the process", peak, "GiB")
-            table.add("    of it before there is a network", before, "GiB")
-            if not form.is_plain:
-                table.add("  time, share of the plain form", times[:, i] / times[:, 1])
-                table.add("  peak memory, share of the plain form", peak / memory[1][1])
-
-
-def measure_recovery(table, repetitions):
-    """Measure cold and warm solves of all codes, at points b as large as those of a search."""
-    table.title("recovery of all 8 nodes")
-    torch.manual_seed(0)
-    net = Network(4, 10, 2)  # the size of the network does not matter
-
-    def solve():
-        return [code.solve() for code in net.codes]
-
-    times = []
-    for _ in range(20 * repetitions):
-        for b in net.arch_parameters():
-            b.data = torch.randn(len(b)) / 100 ** torch.rand(1)
-        for code in net.codes:
-            code.accept([np.zeros(len(z)) for z in code.z], code.support)
-        cold = seconds(solve, CPU)
-        net.recover()
-        for b in net.arch_parameters():  # like the first step of Adam
-            b.data += 6e-4 * torch.randn_like(b).sign()
-        times.append((cold, seconds(solve, CPU), seconds(net.recover, CPU)))
-    for name, column in zip(("cold", "warm: after a step of Adam", "  with `Network.recover`"),
-                            1e3 * np.transpose(times), strict=True):
-        table.add(name, column, "ms")
-
-
-# ------------------------------------------------------------------------------------------------
-# The script
-# ------------------------------------------------------------------------------------------------
+            yield summarize(kind, f"{form.name}: time", times[:, i], "s")
+            yield summarize(kind, f"{form.name}: peak memory", peak, "GiB")
+            yield summarize(kind, f"{form.name}: before the network", before, "GiB")
+        yield summarize(kind, "time, ours / plain form", times[:, 0] / times[:, 1])
+        yield summarize(kind, "memory, ours / plain form", memory[0][1] / memory[1][1])
 
 
 def processor_name():
@@ -430,10 +366,10 @@ def get_args_parser():
                         help="write the figures to a JSON file")
     parser.add_argument("--threads", type=flags.integer(1, 1024), metavar="N",
                         help="number of CPU threads (default: torch's)")
+    parser.add_argument("--kinds", nargs="+", choices=[*KIND_FLAGS], default=[*KIND_FLAGS],
+                        metavar="KIND", help=f"of {', '.join(KIND_FLAGS)} (default: all)")
     group = parser.add_argument_group("on CUDA")
     forms = [form.name for form in CUDA_FORMS]
-    group.add_argument("--kinds", nargs="+", choices=[*KIND_FLAGS], default=[*KIND_FLAGS],
-                       metavar="KIND", help=f"of {', '.join(KIND_FLAGS)} (default: all)")
     group.add_argument("--forms", nargs="+", choices=forms, metavar="FORM",
                        help=f"of {', '.join(map(repr, forms))} (default: all)")
     group.add_argument("--layout", choices=["default", *LAYOUTS], default="default",
@@ -457,22 +393,12 @@ def main():
         torch=torch.__version__, python=platform.python_version(), system=platform.system(),
     )
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    table = Table()
-
-    def write():  # after each figure, because the script may be interrupted
-        if args.out:
-            figures = {"machine": machine, "figures": table.rows}
+    rows = []
+    for row in measure_cuda(device, args) if device.type == "cuda" else measure_cpu(args):
+        rows.append(row)
+        if args.out:  # after each row, because the script may be interrupted
+            figures = {"machine": machine, "figures": rows}
             utils.write_file(args.out, json.dumps(figures, indent=1).encode())
-
-    if device.type == "cuda":
-        for row in measure_cuda(device, args):
-            table.rows.append(row)
-            write()
-    else:
-        # Steps come first, while this process is small: a child inherits the peak of its parent.
-        for measure in measure_steps, measure_recovery:
-            measure(table, repetitions=3 if args.quick else 9)
-            write()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that a GPU is wanted for in 9 minutes, the most valuable first; a short table comes last.
+# Run all checks and measurements that need a GPU in 9 minutes, the most important ones first.
 #
 #     benchmarks/on_gpu.sh RESULTS DATA          # DATA as for --dataset imagefolder
-#     benchmarks/on_gpu.sh RESULTS DATA small    # tiny networks, to try this script
+#     benchmarks/on_gpu.sh RESULTS DATA small    # tiny networks, to test this script
 #
-# Each part is cut off by its own time limit. RESULTS gets log.txt, the figures of the benchmark, and
-# metrics and genotypes of the searches.
+# Each part has a time limit. RESULTS gets the output of each part, the figures of the benchmarks,
+# and the metrics and genotypes of the searches. A summary is printed at the end.
 set -u
 results=$(realpath -m "$1") data=$(realpath -m "$2") sizes=() small=()
 if [ "${3:-}" = small ]; then
@@ -13,37 +13,31 @@ if [ "${3:-}" = small ]; then
 fi
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
-work=$(mktemp -d) log=$results/log.txt
+work=$(mktemp -d)
 mkdir -p "$results"
-: >"$log"
 
-part() {  # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 began=$SECONDS
+part() {  # NAME SECONDS SCRIPT FLAGS...
+    local name=$1 limit=$2 start=$SECONDS
     shift 2
-    echo "== $name" >>"$log"
-    timeout -k 5 "$limit" "$@" >>"$log" 2>&1 </dev/null  # no pipe: workers may outlive a command
-    echo "$name: exit status $? after $((SECONDS - began)) s (124: cut off)"
-    sed "1,/^== $name\$/d" "$log" >"$work/$name.txt"
+    # A file instead of a pipe, because data workers may outlive the command.
+    timeout -k 5 "$limit" python3 "$@" >"$results/$name.txt" 2>&1 </dev/null
+    echo "$name: exit status $? after $((SECONDS - start)) s (124: time limit)"
 }
 
 bench() {  # NAME SECONDS FLAGS...
-    local name=$1 limit=$2
-    shift 2
-    part "$name" "$limit" python3 benchmarks/bench.py --device cuda --quick "${small[@]}" \
-        --out "$results/$name.json" "$@"
+    part "$1" "$2" benchmarks/bench.py --device cuda --quick "${small[@]}" \
+        --out "$results/$1.json" "${@:3}"
 }
 
 search() {  # NAME SECONDS FLAGS...
-    local name=$1 limit=$2
-    shift 2
-    part "$name" "$limit" python3 search.py --device cuda --dataset imagefolder --data "$data" \
-        --workers 8 --distinct_edges --save "$work/$name" "${sizes[@]}" "$@"
+    part "$1" "$2" search.py --device cuda --dataset imagefolder --data "$data" --workers 8 \
+        --distinct_edges --save "$work/$1" "${sizes[@]}" "${@:3}"
     for rows in metrics genotypes; do
-        cp "$work/$name/$rows.jsonl" "$results/$name-$rows.jsonl" 2>/dev/null
+        cp "$work/$1/$rows.jsonl" "$results/$1-$rows.jsonl" 2>/dev/null
     done
 }
 
-part check 80 python3 benchmarks/check_gpu.py
+part check 80 benchmarks/check_gpu.py
 bench channels-last 100 --layout channels-last
 bench nchw 100 --layout nchw
 bench compiled 110 --kinds retraining two-stage one-stage --forms compiled
@@ -51,12 +45,12 @@ search two-stage 100
 search one-stage 45 --one_stage
 
 echo
-grep FAILED "$work/check.txt"
-tail -n 1 "$work/check.txt"
+grep FAILED "$results/check.txt"
+tail -n 1 "$results/check.txt"
 for name in channels-last nchw compiled; do
-    tail -n +2 "$work/$name.txt" | cut -c1-100
+    tail -n +2 "$results/$name.txt" | cut -c1-100
 done
 for name in two-stage one-stage; do
-    grep -E "^ +epoch|^ +[0-9]+/|^ +search [0-9]+" "$work/$name.txt" | sed -n '1,2p;3,${$p}'
+    grep -E "^ +epoch|^ +[0-9]+/|^ +search [0-9]+" "$results/$name.txt" | sed -n '1,2p;3,${$p}'
 done
 rm -rf "$work"

@@ -79,11 +79,6 @@ def check(args):
                         f"{args.partial}")
 
 
-# ------------------------------------------------------------------------------------------------
-# The supernet
-# ------------------------------------------------------------------------------------------------
-
-
 class Edge(nn.Module):
     """All operations of an edge: Σ_k w_k · op_k(x) on the first 1/partial of the channels."""
 
@@ -172,11 +167,6 @@ class Network(Skeleton):
                     pairs.append((PRIMITIVES[op[source]], source))
             cells += [pairs, range(2, 2 + NODES)]
         return Genotype(*cells)
-
-
-# ------------------------------------------------------------------------------------------------
-# The search
-# ------------------------------------------------------------------------------------------------
 
 
 def main(args):

@@ -149,11 +149,6 @@ def check(args):
             raise UserError(f"{path}: there is no such folder")
 
 
-# ------------------------------------------------------------------------------------------------
-# Dictionaries and single recoveries
-# ------------------------------------------------------------------------------------------------
-
-
 def draw_dictionary(setting, n, rng):
     size = setting.m, n
     A = rng.standard_normal(size) if setting.distribution == "normal" else rng.random(size)
@@ -217,11 +212,6 @@ def run_problems(setting, args):
 def mean(x):
     """Return mean and standard error, or nan for fewer than two values."""
     return (np.mean(x), stats.sem(x)) if len(x) > 1 else (np.nan, np.nan)
-
-
-# ------------------------------------------------------------------------------------------------
-# The idealised search
-# ------------------------------------------------------------------------------------------------
 
 
 def loss_gradient(loss, w, v):
@@ -313,11 +303,6 @@ def run_search(setting, args):
         "nodes_at_end": found[-1].round(1).tolist(), "cells_at_end": cells.round(1).tolist(),
         "norm_of_b_at_end": np.linalg.norm(b, axis=1).round(4).tolist(),
     }
-
-
-# ------------------------------------------------------------------------------------------------
-# Tables and picture
-# ------------------------------------------------------------------------------------------------
 
 
 def draw_picture(rows):

@@ -93,11 +93,6 @@ def restore_flags(args):
     vars(args).update(kept)
 
 
-# ------------------------------------------------------------------------------------------------
-# The runs
-# ------------------------------------------------------------------------------------------------
-
-
 def list_cells(args):
     """Yield (group, seed, flags of its search or None) for each cell, alternating the groups."""
     distinct = " --distinct_edges" if args.distinct_edges else ""
@@ -163,11 +158,6 @@ def choose_images(args):
                 if not link.exists():
                     link.symlink_to(file.resolve())
     args.data = chosen
-
-
-# ------------------------------------------------------------------------------------------------
-# Results
-# ------------------------------------------------------------------------------------------------
 
 
 def read_result(cell, args):

@@ -61,11 +61,6 @@ def check(args):
     flags.check_file("--encoding", args.encoding)
 
 
-# ------------------------------------------------------------------------------------------------
-# The surrogate
-# ------------------------------------------------------------------------------------------------
-
-
 def describe(genotype):
     """Convert a genotype to the dict of strings that describes it in NAS-Bench-301."""
     if len(genotype.normal) != 2 * NODES:
@@ -141,11 +136,6 @@ def read_encoding(path):
 def percentile(value, sample):
     """Return the percentage of a sample below a value; ties count half."""
     return float(stats.percentileofscore(sample, value, kind="mean"))
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs
-# ------------------------------------------------------------------------------------------------
 
 
 def read_search(path):

@@ -89,11 +89,12 @@ def command(prog):
                        "--layers or --image_size")
         if not distributed.is_peer_failure(error):
             raise
-        hint = Run.latest.resume_hint() if Run.latest else "start again"
         reason = str(error).splitlines()[0]
-        # Every surviving rank prints this, because the rank that ended may have been the first.
-        print(f"{prog}: error: another rank of this run has ended; {hint} ({reason})",
-              file=sys.stderr)
+        if not Run.latest:  # the rank that has ended has printed its error
+            flags.fail(prog, f"another rank of this run has ended: start again ({reason})")
+        # Every remaining rank prints this, because the first one may be the one that has ended.
+        print(f"{prog}: error: another rank of this run has ended; "
+              f"{Run.latest.resume_hint()} ({reason})", file=sys.stderr)
         sys.exit(2)
     finally:
         if Run.latest and Run.latest.lock:
@@ -186,16 +187,19 @@ class Run:
         self.log(table_row(self.columns, self.columns), wrap=False)
 
     def _make_folder(self):
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = self.args.save or os.path.join("runs", f"{self.kind}-{stamp}")
-        try:
+        while True:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            path = self.args.save or os.path.join("runs", f"{self.kind}-{stamp}")
             is_empty = os.path.isdir(path) and not os.listdir(path)
-            with writing(path):
-                os.makedirs(path, exist_ok=is_empty)
-        except FileExistsError:
-            raise UserError(
-                f"{path} exists already and is not overwritten: give another folder with --save"
-            ) from None
+            try:
+                with writing(path):
+                    os.makedirs(path, exist_ok=is_empty and path == self.args.save)
+                break
+            except FileExistsError:
+                if self.args.save:
+                    raise UserError(f"--save {path} exists already and is not overwritten: give "
+                                    "another folder") from None
+                time.sleep(1)  # another run started in this second
         config = json.dumps(args_dict(self.args), indent=1)
         write_file(os.path.join(path, "config.json"), config.encode())
         return path
@@ -406,8 +410,8 @@ class Run:
         names = [name for name in now | then if now.get(name) != then.get(name)]
         difference = "classes in another order"
         if names:
-            difference = (f"{now.get(names[0], 0)} of {names[0]} now, {then.get(names[0], 0)} of "
-                          "it then")
+            name = names[0]
+            difference = f"{now.get(name, 0)} of {name} now, {then.get(name, 0)} of {name} then"
         raise UserError(
             f"{self.args.data} does not hold the training images with which {self.args.save} began "
             f"({difference}): give their folder with --data, or start a new run"

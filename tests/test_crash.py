@@ -157,7 +157,7 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, loop, sig
     process.kill(signum)
     assert process.wait() == 128 + signum, process.stdout + process.stderr
     assert process.stderr == f"{LOOPS[loop][0]}: stopped by {signum.name}\n"
-    command = re.search(r"go on from the last checkpoint with: python (\S+) --resume (\S+)",
+    command = re.search(r"resume from the last checkpoint with: python (\S+) --resume (\S+)",
                         process.stdout)
     assert not list((tmp_path / "run").glob("*.partial"))
     run(command[1], "--resume", command[2], cwd=tmp_path)

@@ -134,7 +134,7 @@ def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, l
     survivor = processes[1 - victim]
     assert processes[victim].wait() == -signal.SIGKILL
     assert survivor.wait() == 2
-    message = "another rank of this run has ended; go on from the last checkpoint with: torchrun"
+    message = "another rank of this run has ended; resume from the last checkpoint with: torchrun"
     assert message in said(survivor) and said(survivor).count("\n") == 1
 
     script = LOOPS[loop][0]
@@ -162,7 +162,7 @@ def test_a_signal_to_all_ranks_is_told_once(tmp_path, signum):
     assert [rank.wait() for rank in ranks] == 2 * [128 + signum]
     assert [*map(said, ranks)] == [f"search.py: stopped by {signum.name}\n", ""]
     command = "torchrun --nproc_per_node=2 search.py --resume run"
-    assert ranks[0].stdout.endswith(f"go on from the last checkpoint with: {command}\n")
+    assert ranks[0].stdout.endswith(f"resume from the last checkpoint with: {command}\n")
 
 
 @pytest.mark.crash
@@ -240,7 +240,7 @@ distributed.start()
 torch.manual_seed(distributed.rank())  # another network on each
 net = Network(2, 10, 3)
 own = [z.tolist() for code in net.codes for z in code.z]
-net.recover(share=distributed.from_rank_zero)
+net.recover(broadcast=distributed.from_rank_zero)
 codes = [z.tolist() for code in net.codes for z in code.z]
 of_all = distributed.gather((own, codes, [code.support for code in net.codes]))
 assert of_all[0][0] != of_all[1][0] and of_all[0][1:] == of_all[1][1:]

@@ -138,11 +138,11 @@ EARLY = [
     (search("--dictionary", "gaussian"), "invalid choice"),
     (search("--dataset", "mnist"), "invalid choice"),
     (search("--sparseness", "15", "--proj_dims", "20"), "only 14 pairs"),
-    (search("--sparseness", "8"), "at most --proj_dims 7"),
+    (search("--sparseness", "8"), "larger than --proj_dims 7"),
     (search("--distinct_edges", "--sparseness", "3"), "only 2 edges"),
-    (search("--one_stage", "--recover_every", "10"), "one-stage search does not read it"),
-    (search("--one_stage", "--train_portion", "0.4"), "one-stage search does not read it"),
-    *((search(f"--{flag}", *value), "two-stage search does not read it") for flag, *value in (
+    (search("--one_stage", "--recover_every", "10"), "one-stage search"),
+    (search("--one_stage", "--train_portion", "0.4"), "one-stage search"),
+    *((search(f"--{flag}", *value), "two-stage search") for flag, *value in (
         ("auxiliary",), ("auxiliary_weight", "0.3"), ("drop_path_prob", "0.2"),
         ("freeze_tol", "0.1"), ("max_params", "3"), ("max_search_epochs", "3"))),
     # Of the cutout: more than the image where it is typed, else more than half of it.
@@ -190,13 +190,13 @@ LATE = [
     (digits("--solver", "mosek"), "licence"),
     (digits("--save", "/dev/null/x"), "Not a directory"),
     (digits("--save", "x" * 300), "name too long"),
-    (digits("--init_channels", "200000"), "too little memory"),
+    (digits("--init_channels", "200000"), "out of memory"),
     (digits("--batch_size", "720"), "--batch_size 720 is too large for the 719 images"),
     (train("--arch", "ISTA_twostage", *TINY, "--no-cutout", "--batch_size", "1439"),
      "--batch_size 1439"),
     (digits("--batch_size", "2", "--train_portion", "0.0001"), "too few images"),
     (search("--dataset", "imagefolder", "--data", "nothing"), "train"),
-    (search("--dataset", "imagefolder", "--data", "empty"), "no images"),
+    (search("--dataset", "imagefolder", "--data", "empty"), "no valid file for the classes a, b"),
     (search("--dataset", "imagefolder", "--data", "one_class"), "single class"),
     (search("--dataset", "imagefolder", "--data", "new_class"), "lacks: c"),
     (search("--dataset", "imagefolder", "--data", "damaged_image"), "0.png"),
@@ -226,7 +226,7 @@ LATE = [
     (train("--weights", "train/network.pt", "--no-cutout", "--arch", "ISTA_onestage"),
      "not the genotype"),
     (train("--weights", "train/network.pt", "--no-cutout", "--dataset", "imagefolder", "--data",
-           "images"), "tells 10 classes apart"),
+           "images"), "the network has 10 classes"),
 ]
 
 
@@ -281,7 +281,7 @@ def test_images_that_fill_the_memory(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.np, "empty", empty)
     flags = ["--dataset", "imagefolder", "--data", place / "images"]
-    check("search.py", 2, run("search.py", *flags, cwd=tmp_path, status=2).stderr, "too little")
+    check("search.py", 2, run("search.py", *flags, cwd=tmp_path, status=2).stderr, "out of memory")
 
 
 def test_a_search_among_operations_in_another_order_is_not_resumed(place, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(place, tmp_path, script):
 
     def refused(found):
         err = run(script, "--resume", "run", "--epochs", 2, cwd=tmp_path, status=2).stderr
-        says = "images does not hold the training images that run began with"
+        says = "images does not hold the training images with which run began"
         check(script, 2, err, f"{says} ({found} then)")
 
     image = tmp_path / "images/train/a/0.png"
@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(place, tmp_path, script):
     (tmp_path / "images/train/b/9.png").rename(image)
     for part in ("train", "test"):
         (tmp_path / "images" / part / "b").rename(tmp_path / "images" / part / "c")
-    refused("4 of c now, 4 of b")
+    refused("4 of c now, 0 of c")
     for part in ("train", "test"):
         (tmp_path / "images" / part / "c").rename(tmp_path / "images" / part / "b")
     (tmp_path / "images").rename(tmp_path / "elsewhere")
@@ -325,14 +325,14 @@ def test_a_run_goes_on_with_the_images_it_began_with(place, tmp_path, script):
 @pytest.mark.parametrize("flags", [TWO_STAGE, ONE_STAGE])
 def test_a_search_whose_codes_stay_empty_has_no_result(tmp_path, flags):
     done = run(*flags, "--lam", 1, "--epochs", 2, "--save", "run", cwd=tmp_path, status=2)
-    assert done.words.count("warning: --lam 1: all codes are 0 above λ_max") == 1
-    check("search.py", 2, done.stderr, "after epoch 1, so nothing is searched: give a smaller")
+    assert done.words.count("warning: all codes are 0, because --lam 1 is") == 1
+    check("search.py", 2, done.stderr, "after epoch 1: give a smaller")
     assert not (tmp_path / "run/genotype.json").exists()
 
 
 def test_codes_that_are_empty_at_first_may_fill(tmp_path):
     done = run(*TWO_STAGE, "--lam", 1e-2, "--epochs", 1, "--save", "run", cwd=tmp_path)
-    assert "warning: --lam 0.01: all codes are 0 above λ_max" in done.words
+    assert "warning: all codes are 0, because --lam 0.01 is" in done.words
     assert (tmp_path / "run/genotype.json").exists()
 
 
@@ -403,21 +403,11 @@ def test_a_run_does_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setattr(record_writer.RecordWriter, "write", write)
     done = run(*TWO_STAGE, "--epochs", 2, "--save", "run", cwd=tmp_path)
     says = "warning: run/tensorboard could not be written, so there are no more events: No space"
-    assert not done.stderr and done.words.count(says) == 1
+    assert done.words.count(says) == 1 and "the search is done" in done.stdout
 
 
-# What is run first in a process, so that its standard output is no more.
-OUTPUTS = {
-    "head": "read, write = os.pipe(); os.dup2(write, 1); os.close(read)",
-    "full": "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
-    "ascii": "sys.stdout.reconfigure(encoding='ascii')",
-}
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
-@pytest.mark.parametrize("way", OUTPUTS)
-def test_a_run_outlives_its_standard_output(tmp_path, way):
-    (tmp_path / "meddle.py").write_text(f"import os, sys\n{OUTPUTS[way]}\n")
+def test_a_log_with_greek_letters_on_an_ascii_terminal(tmp_path):
+    (tmp_path / "meddle.py").write_text("import sys\nsys.stdout.reconfigure(encoding='ascii')\n")
     # All codes are 0 at first. The warning about this has a Greek letter.
     process = Process(*TWO_STAGE, "--lam", 1e-2, "--epochs", 1, "--save", "run", cwd=tmp_path,
                       meddle=tmp_path / "meddle.py")

@@ -86,7 +86,7 @@ def test_a_killed_experiment_goes_on(tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 0 and "random: " in again.stdout, again.stderr
+    assert again.returncode == 0 and "random 0 " in again.stdout, again.stderr
     third = subprocess.run([*command, "--train_flags", SIZES], cwd=tmp_path, env=ENVIRONMENT,
                            capture_output=True, text=True)
     assert third.returncode == 2 and third.stderr.count("\n") == 1

@@ -160,7 +160,7 @@ def test_a_missing_package_is_named(place, tmp_path, monkeypatch):
     (["--weights", "nothing.pt"], "there is no such file"),
     (["--weights", "one_stage/log.txt"], "not a file of network weights"),
     (["--weights", "one_stage/checkpoint.pt"], "is the checkpoint of a search"),
-    (["--weights", "plain.pt"], "does not say the classes of its training"),
+    (["--weights", "plain.pt"], "does not contain the class names"),
     (["--weights", "one_stage/network.pt", "-o", "nowhere/net.onnx"], "could not be written"),
     (["--weights", "one_stage/network.pt", "-o", "one_stage/network.pt"], "must end in .onnx"),
 ])

@@ -319,7 +319,7 @@ def test_one_stage_search_ends_with_a_trained_network(place, searched):
 
 def test_two_stage_search_names_the_command_that_trains_its_cell(place, searched):
     done = searched["two-stage"]
-    assert "42 images train the weights, 42 others b" in done.words
+    assert "42 images train the weights, 42 others train b" in done.words
     (command,) = re.findall(r"^    python (train\.py .*)", done.stdout, re.M)
     small = ["--init_channels", 2, "--layers", 3, "--batch_size", 42, "--epochs", 1]
     run(*shlex.split(command), *small, "--save", "from-two-stage", cwd=place)

@@ -48,18 +48,6 @@ def assert_solved(A, b, lam, solution):
     assert not np.signbit(solution.z[solution.z == 0.0]).any()
 
 
-def assert_same_optimum(A, b, lam, cold, warm):
-    scale = 0.5 * (b @ b)
-    assert abs(objective(A, b, cold.z, lam) - objective(A, b, warm.z, lam)) <= 1e-9 * scale
-    assert np.abs(A @ (cold.z - warm.z)).max() <= 1e-8 * np.linalg.norm(b)
-    # The code itself is unique if the columns with |A_j^T r| = lam are independent.
-    c = np.abs(A.T @ (b - A @ cold.z))
-    active = A[:, c >= lam - 1e-7 * np.abs(A.T @ b).max()]
-    singular = np.linalg.svd(active, compute_uv=False)
-    if len(singular) and active.shape[1] <= len(b) and singular[-1] > 1e-6 * singular[0]:
-        assert np.allclose(cold.z, warm.z, rtol=1e-6, atol=1e-8 * np.abs(cold.z).max())
-
-
 # ------------------------------------------------------------------------------ the problem
 
 
@@ -204,10 +192,8 @@ def degenerate(draw_):
 @given(degenerate())
 def test_degenerate_dictionaries_cold_and_warm(problem):
     A, b, lam, z0 = problem
-    cold, warm = recover(A, b, lam), recover(A, b, lam, z0=z0)
-    assert_solved(A, b, lam, cold)
-    assert_solved(A, b, lam, warm)
-    assert_same_optimum(A, b, lam, cold, warm)
+    assert_solved(A, b, lam, recover(A, b, lam))
+    assert_solved(A, b, lam, recover(A, b, lam, z0=z0))
 
 
 @examples(max_examples=100)
@@ -223,7 +209,7 @@ def test_any_warm_start_gives_the_same_code(seed, n, log_size, log_lam):
     for z0 in starts:
         warm = recover(A, b, lam, z0=z0)
         assert_solved(A, b, lam, warm)
-        assert_same_optimum(A, b, lam, cold, warm)
+        assert np.allclose(warm.z, cold.z, rtol=1e-6, atol=1e-8 * np.abs(cold.z).max())
 
 
 def test_a_warm_start_with_an_optimal_support_takes_one_solve():
@@ -308,14 +294,11 @@ def after(k, A, b, lam, solver, z0=None, support_steps=True):
 
 
 def assert_solved_by_steps(A, b, lam, solver, solution):
-    """Check the objective, because the code is not unique where the optimum is flat."""
-    exact, scale = recover(A, b, lam), 0.5 * (b @ b)
     assert solution.converged is True and solution.solver == solver
+    scale = 0.5 * (b @ b)
     assert duality_gap(A, b, solution.z, lam) <= 1.01e-9 * scale
-    excess = objective(A, b, solution.z, lam) - objective(A, b, exact.z, lam)
-    assert -1e-12 * scale <= excess <= 1.01e-9 * scale
-    # P is strongly convex in A z: 1/2 ||A (z - z*)||^2 <= P(z) - P(z*)
-    assert np.linalg.norm(A @ (solution.z - exact.z)) <= 5e-5 * np.linalg.norm(b)
+    exact = objective(A, b, recover(A, b, lam).z, lam)
+    assert objective(A, b, solution.z, lam) >= exact - 1e-12 * scale
     assert violation(A, b, lam, solution.z) <= 1e-4
     assert not np.signbit(solution.z[solution.z == 0.0]).any()
 

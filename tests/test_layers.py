@@ -267,31 +267,6 @@ def test_a_relu_is_computed_once_and_again_after_changes():
 
 
 # ------------------------------------------------------------------------------------------------
-# The weight of a pair
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [
-    lambda: SepConv(4, 3, 1), nn.Identity, lambda: layers.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()),
-    lambda: layers.BatchNorm2d(4, momentum=None),
-    lambda: layers.BatchNorm2d(4, track_running_stats=False),
-])
-def test_weighted_is_the_weight_times_the_output(make):
-    op = randomized(make().double())
-    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-    w = torch.tensor(-1.7, dtype=torch.float64, requires_grad=True)
-
-    def compute(function):
-        y = function(copy.deepcopy(op))
-        return [y, *torch.autograd.grad(y.square().sum(), [x, w])]
-
-    found = compute(lambda op: weighted(op, x, w))
-    with layers.plain():
-        for a, b in zip(found, compute(lambda op: w * op(x)), strict=True):
-            assert_close(a, b)
-
-
-# ------------------------------------------------------------------------------------------------
 # Networks
 # ------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ def seed():
     (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", False, 5_651_392),
     (NetworkImageNet, (48, 1000, 14), "ISTA_ImageNet", True, 5_655_232),
 ])
-def test_number_of_parameters_of_published_networks(network, shape, genotype, one_stage, parameters):
+def test_parameters_of_published_networks(network, shape, genotype, one_stage, parameters):
     with torch.device("meta"):
         net = network(*shape, True, genotypes.load(genotype)[0], one_stage)
     named = net.named_parameters()

@@ -201,7 +201,7 @@ def test_bfloat16(tmp_path, command):
 def test_bfloat16_is_refused_on_a_gpu_that_would_emulate_it(tmp_path):
     old = null_gpu("--capability", "7.5")
     done = run(*TWO_STAGE, "--amp", cwd=tmp_path, status=2, launcher=old)
-    assert re.fullmatch(r"search\.py: error: --amp: .*has no bfloat16.*\n", done.stderr)
+    assert re.fullmatch(r"search\.py: error: --amp: .*does not support bfloat16.*\n", done.stderr)
     assert not os.listdir(tmp_path)
 
 

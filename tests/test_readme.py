@@ -14,11 +14,11 @@ import search
 import train
 import visualize
 from experiments import darts, dictionary, evidence, follow, nasbench301
-from tools import export, method_figure
+from tools import export
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
-SCRIPTS = (search, train, visualize, export, method_figure, darts, dictionary, evidence, follow,
+SCRIPTS = (search, train, visualize, export, darts, dictionary, evidence, follow,
            nasbench301)
 PARSERS = {f"{script.__name__.replace('.', '/')}.py": script.get_args_parser()
            for script in SCRIPTS}

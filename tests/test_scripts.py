@@ -175,7 +175,7 @@ def test_a_solver_that_does_not_converge_is_warned_of_once(tmp_path, monkeypatch
     done = run(*TWO_STAGE, "--epochs", 3, "--solver", "ista", "--save", "s", cwd=tmp_path)
     assert not [*fails]
     assert done.words.count("a relative duality gap above 1e-09") == 1
-    assert "in some codes (3 of 8 at first); those are homotopy's" in done.words
+    assert "in some codes (3 of 8 in this recovery); homotopy solves these instead" in done.words
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -242,7 +242,7 @@ def test_one_stage_search_ends_in_a_trained_network(one_stage):
     assert fixed[0]["learning_rate"] == 0.025 > fixed[1]["learning_rate"]
     frozen = [sum(row["frozen"]) for row in searching]
     assert frozen == sorted(frozen)
-    assert re.search(r"which frees \d\.\d+ M parameters and leaves \d\.\d+ M", done.words)
+    assert re.search(r"with \d\.\d+ M parameters are deleted, \d\.\d+ M remain", done.words)
     assert "from here on drop-path rises to 0.2, which lowers the training accuracy" in done.words
     evaluate, train = next_commands(done.stdout)
     measured = run(*evaluate, cwd=folder)
@@ -276,7 +276,7 @@ def test_candidates_that_are_too_large_are_rejected(tmp_path):
     metrics = rows(tmp_path / "one/metrics.jsonl")
     assert all(row["rejected"] and row["changed"] == 0 for row in metrics[:2])
     assert not any(metrics[0]["frozen"]), "what is rejected freezes nothing"
-    assert "rejected: --max_params is 1e-06" in done.words
+    assert "rejected by --max_params 1e-06" in done.words
     found = rows(tmp_path / "one/genotypes.jsonl")
     assert found[0]["normal"] == found[-1]["normal"]
 
@@ -298,7 +298,7 @@ def test_a_search_ends_when_its_last_node_freezes_and_resumes_before(tmp_path, m
     metrics = rows(tmp_path / "whole/metrics.jsonl")
     assert [sum(row["frozen"]) for row in metrics[:-1]] == [3, 6, 8]
     assert metrics[-1]["phase"] == "training" and "nodes still moved" not in done.words
-    assert "5 of 8 nodes not frozen; " in done.words
+    assert "5 of 8 nodes are not frozen; " in done.words
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.Run, "save_checkpoint", save_and_stop)
@@ -365,7 +365,7 @@ def test_starts_are_noted_and_changed_sources_kept(tmp_path, monkeypatch):
 
     def resume(epochs):
         done = run("train.py", "--resume", "t", "--epochs", epochs, cwd=tmp_path)
-        return re.findall(r"sources have changed since the run's last start: (.*?);", done.words)
+        return re.findall(r"sources have changed since the last start of the run: (.*?);", done.words)
 
     assert resume(2) == []
     for name in ("train.py", "harness/runs.py"):
@@ -447,7 +447,7 @@ def test_a_plain_state_dict_needs_its_genotype(trained):
     flags = ["--evaluate", "--weights", "darts.pt", "--dataset", "digits", "--image_size", 8]
     done = run("train.py", *flags, "--arch", "ISTA_twostage", cwd=folder)
     assert_measures(done, folder / "t")
-    assert "does not say by which mean and standard deviation" in done.words
+    assert "lacks mean and standard deviation" in done.words
     assert "give --arch" in run("train.py", *flags, cwd=folder, status=2).stderr
     wrong = run("train.py", *flags, "--arch", "ISTA_onestage", cwd=folder, status=2)
     assert "does not fit" in wrong.stderr

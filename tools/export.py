@@ -1,15 +1,15 @@
-"""Export a trained network to ONNX: one file, which runs without PyTorch and without this code.
+"""Export a trained network to an ONNX file, which runs without PyTorch and without this code.
 
     python tools/export.py --weights runs/NAME/network.pt               # runs/NAME/network.onnx
     python tools/export.py --weights runs/NAME/network.pt -o net.onnx
 
-The file takes `images`, uint8 from 0 to 255, (N, 3, H, W): any number N of RGB images, of the size
-that the network was trained at. It normalises them itself, as training did, and gives `logits`,
-float32, (N, classes). The auxiliary head is left out. Its metadata hold the names of the classes,
-the genotype and all else that the run said of the network; what is not text is JSON.
+The input is `images`, uint8 from 0 to 255, (N, 3, H, W): any number N of RGB images of the size
+used in training. The file normalizes them as in training. The output is `logits`, float32,
+(N, classes). The auxiliary head is not exported. The metadata contain the class names, the genotype
+and what else the run stored with the network; values that are not strings are JSON.
 
-It is put in place, over an older one, only if onnxruntime computes what torch computes. How to run
-it: docs/export.md. This needs onnx, onnxscript and onnxruntime.
+The file is written only if onnxruntime computes the same logits as torch. docs/export.md shows how
+to run it. The script needs onnx, onnxscript and onnxruntime.
 """
 
 import importlib
@@ -29,11 +29,11 @@ from harness import checkpoints, flags, runs
 from utils import UserError, write_file
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-5  # of a logit, relative to the largest; rounding alone makes some 6e-7
+TOLERANCE = 1e-5  # of logits, relative to the largest one; rounding causes about 6e-7
 
 
 class Exported(nn.Module):
-    """A network and, before it, the normalisation of its training: uint8 images in, logits out."""
+    """A network with the normalization of its training: takes uint8 images, returns logits."""
 
     def __init__(self, net, mean, std):
         super().__init__()
@@ -47,10 +47,9 @@ class Exported(nn.Module):
 
 
 def to_onnx(net, image_size, metadata):
-    """The content of an ONNX file that computes what an `Exported` network in evaluation mode does.
+    """Return the content of an ONNX file for an `Exported` network in evaluation mode.
 
-    UserError if a package is missing, or onnxruntime computes other logits than torch. `metadata`
-    is a dict of texts.
+    Raises UserError if a package is missing or if onnxruntime computes other logits than torch.
     """
     try:
         onnx, _, onnxruntime = map(importlib.import_module, PACKAGES)
@@ -61,14 +60,14 @@ def to_onnx(net, image_size, metadata):
         return torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about itself
+        warnings.simplefilter("ignore")  # deprecations inside of the exporter
         program = torch.onnx.export(
             net, (random_images(2),), dynamo=True, verbose=False, input_names=["images"],
             output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     proto = program.model_proto
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        del part.metadata_props[:]  # lines of our sources, and where they lie on this machine
+        del part.metadata_props[:]  # source lines and absolute paths
     onnx.helper.set_model_props(proto, metadata)
     content = proto.SerializeToString()
 
@@ -78,7 +77,7 @@ def to_onnx(net, image_size, metadata):
             expected = net(images)
         found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         deviation = ((found - expected).abs().max() / expected.abs().max()).item()
-        if not deviation <= TOLERANCE:  # NaN is not
+        if not deviation <= TOLERANCE:  # also if it is NaN
             raise UserError(f"not exported: logits by onnxruntime and by torch differ by "
                             f"{deviation:.0e} of the largest")
     return content
@@ -89,14 +88,14 @@ def get_args_parser():
     parser.add_argument("--weights", required=True, type=flags.nonempty, metavar="FILE",
                         help="the network.pt of a training or of a finished one-stage search")
     parser.add_argument("-o", "--output", type=flags.nonempty, metavar="FILE",
-                        help="what to write, a name in .onnx (default: beside the weights)")
+                        help="the ONNX file (default: the name of the weights with .onnx)")
     return parser
 
 
 def check(args):
     flags.check_file("--weights", args.weights)
     args.output = args.output or os.path.splitext(args.weights)[0] + ".onnx"
-    if not args.output.endswith(".onnx"):  # but network.pt, say
+    if not args.output.endswith(".onnx"):
         raise UserError(f"-o {args.output}: the name must end in .onnx")
 
 
@@ -104,8 +103,8 @@ def main(args):
     source = checkpoints.read_weights(args.weights)
     config, about = source["config"], source["about"]
     if not about:
-        raise UserError(f"{args.weights} does not say the classes of its training: give the "
-                        "network.pt that a run has written at its end")
+        raise UserError(f"{args.weights} does not contain the class names of its training: give "
+                        "the network.pt that a run wrote at its end")
     net = model.from_config(config)
     net.load_state_dict(source["weights"])
     about = {
