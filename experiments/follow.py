@@ -358,6 +358,8 @@ def print_table(title, rows, columns):
         return {tuple(row.get(key) for key in ("supernet", "search", "seed")): row[column]
                 for row in rows if row["condition"] == condition and row[column] is not None}
 
+    if not rows:
+        return
     print(f"\n{title}: mean ± standard error [95 % interval]")
     for name, count in Counter(row["condition"] for row in rows).items():
         print(f"{name}: {count} searches")
