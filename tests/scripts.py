@@ -1,4 +1,4 @@
-"""Run the scripts as a person does: their `main` in this process, or in one of its own."""
+"""Run the scripts, in this process or in a separate one, and compare their results."""
 
 import contextlib
 import importlib
@@ -16,7 +16,6 @@ import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,13 +31,13 @@ SCRIPTS = {"search.py": "search", "train.py": "train", "tools/export.py": "tools
 CUDA_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = {**CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 
-# A command that runs commands on a GPU that is not there.
+# A command that runs other commands on an emulated GPU.
 COMMAND = os.environ.get("NULLGPU", ROOT.parent / "shared/nullgpu/nullgpu")
 NULLGPU = os.path.abspath(shutil.which(COMMAND) or COMMAND)
 
 
 def null_gpu(*options):
-    """A command that runs commands on a null GPU, with values."""
+    """The command that runs other commands on a null GPU, which computes values on the CPU."""
     return NULLGPU, "--values", *options, "--"
 
 
@@ -46,11 +45,11 @@ GPU = null_gpu()
 needs_null_gpu = pytest.mark.skipif(
     not shutil.which(NULLGPU), reason=f"there is no null GPU at {NULLGPU}")
 
-# Runs in this process are to equal those in others to the bit.
+# Runs in this process must be bit-identical to those in other processes.
 os.environ.update(ENVIRONMENT)
 torch.set_num_threads(1)
 
-# Handwritten digits at 8×8 pixels and the smallest networks: an epoch takes 0.2 s.
+# Handwritten digits at 8×8 pixels and the smallest network: an epoch takes 0.2 s.
 TINY = ["--dataset", "digits", "--image_size", "8", "--init_channels", "2", "--layers", "3"]
 TWO_STAGE = ["search.py", *TINY, "--batch_size", "240", "--arch_learning_rate", "0.02"]
 ONE_STAGE = [
@@ -61,24 +60,16 @@ TRAIN = ["train.py", *TINY, "--no-cutout", "--arch", "ISTA_twostage", "--batch_s
 
 
 class Process:
-    """A script running in a process of its own; see `zygote.py` for where it comes from.
+    """A script that runs in a separate process, forked by `zygote.py`.
 
-    Parameters
-    ----------
-    script : str or path
-    *flags
-    cwd : path
-    meddle : path, optional
-        Of a file that is run first, to change the libraries.
-    launcher : tuple of str
-        A command that runs commands, for a process that is to have a CUDA device.
-    pictures : bool
-        Whether it draws any: they take longer than a tiny run.
+    `prelude` is the path of a Python file that is run before the script, to patch libraries.
+    `launcher` is `GPU` for a process with a CUDA device. Pictures take longer than a tiny run, so
+    they are drawn only if `pictures` is true.
     """
 
     _zygotes = {}
 
-    def __init__(self, script, *flags, cwd, meddle=None, launcher=(), pictures=False):
+    def __init__(self, script, *flags, cwd, prelude=None, launcher=(), pictures=False):
         self.launcher = launcher
         if launcher not in Process._zygotes:
             Process._zygotes[launcher] = subprocess.Popen(
@@ -89,7 +80,7 @@ class Process:
         self.output = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]
         self.pid = self._ask(
             argv=[str(ROOT / script), *map(str, flags)], cwd=str(cwd),
-            meddle=meddle and str(meddle), output=[file.name for file in self.output],
+            prelude=prelude and str(prelude), output=[file.name for file in self.output],
             pictures=pictures,
         )
 
@@ -103,14 +94,14 @@ class Process:
         os.kill(self.pid, signum)
 
     def wait(self):
-        """The exit status, -k after signal k; stdout and stderr are there then."""
+        """Set stdout and stderr, and return the exit status, which is -k after signal k."""
         self.status = self._ask(wait=self.pid)
         self.stdout, self.stderr = (file.read() for file in self.output)
         return self.status
 
 
 class Done(NamedTuple):
-    """What a script that has ended left."""
+    """Exit status and output of a finished script."""
 
     status: int
     stdout: str
@@ -118,38 +109,32 @@ class Done(NamedTuple):
 
     @property
     def words(self):
-        """What it printed, however its lines are broken."""
+        """Standard output without line breaks."""
         return " ".join(self.stdout.split())
 
 
 def run(script, *flags, cwd, status=0, pictures=False, launcher=()):
-    """Run a script to its end, in this process where it can be; check its exit status if not None.
-
-    Returns
-    -------
-    Done
-    """
+    """Run a script to its end, in this process if possible; check its exit status if not None."""
     if launcher or script not in SCRIPTS:
         process = Process(script, *flags, cwd=cwd, launcher=launcher, pictures=pictures)
         done = Done(process.wait(), process.stdout, process.stderr)
     else:
-        done = _run_here(script, [*map(str, flags)], cwd, pictures)
+        done = _run_in_this_process(script, [*map(str, flags)], cwd, pictures)
     assert status in (None, done.status), done.stdout + done.stderr
     return done
 
 
-def _run_here(script, flags, cwd, pictures):
+def _run_in_this_process(script, flags, cwd, pictures):
     out, err, status, folder = io.StringIO(), io.StringIO(), 0, os.getcwd()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        stack.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
-        stack.enter_context(mock.patch.object(runs.Run, "latest", None))
-        stack.enter_context(mock.patch.object(threading, "excepthook", threading.__excepthook__))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *flags])
+        patch.setattr(runs.Run, "latest", None)
+        patch.setattr(threading, "excepthook", threading.__excepthook__)
         if not pictures:
-            stack.enter_context(mock.patch.object(visualize, "draw_run", lambda path: []))
-            stack.enter_context(mock.patch.object(runs.Run, "show_figure"))
+            patch.setattr(visualize, "draw_run", lambda path: [])
+            patch.setattr(runs.Run, "show_figure", lambda *args: None)
         os.chdir(cwd)
         try:
             with runs.command(Path(script).name):
@@ -172,8 +157,8 @@ def await_checkpoint(run):
         time.sleep(0.01)
 
 
-# Stays for a minute in a step of the second or third epoch, for a signal to find it running. At the
-# first step it reads its folder, as the code that draws pictures does, which must not end the lock.
+# Sleeps in a step of the second or third epoch, so that a signal arrives while the run is in a step.
+# The first step opens files of the run folder, as drawing code does. This must not release its lock.
 LINGER = """
 import pathlib, time
 import torch.nn.functional as F
@@ -188,8 +173,7 @@ def linger(*args, **options):
 F.cross_entropy = linger
 """
 
-
-# Ends a run when it has written the rows of an epoch, and not its checkpoint.
+# Kills a run after it has written the rows of an epoch, and before it writes the checkpoint.
 KILL = f"""
 import os, signal, sys
 sys.path.append({str(ROOT)!r})
@@ -204,12 +188,12 @@ runs.Run.save_checkpoint = save_checkpoint
 
 
 def killed_in(epoch):
-    """Text of a file that, run first, has a script killed in an epoch: before its checkpoint."""
+    """Text of a file that, if run first, kills a script in an epoch, before its checkpoint."""
     return f"KILLED = {epoch}\n{KILL}"
 
 
 def as_ranks(n):
-    """Texts of files that n ranks run first, to find each other as those of torchrun do."""
+    """Texts of files that, if run first, make n processes ranks of a run, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -221,22 +205,21 @@ def as_ranks(n):
     ]
 
 
-def said(process):
-    """What a script put on standard error.
+def stderr_of(process):
+    """Standard error of a rank, without a warning of torch that does not occur under torchrun.
 
-    Torch adds a warning where the rank that keeps the store is not the last to end; under torchrun
-    no rank keeps it.
+    Torch warns if the rank that holds the store ends before the others.
     """
     return re.sub(r"^\[W.* TCPStore\.cpp.*\n(.+\n)*\n", "", process.stderr, flags=re.MULTILINE)
 
 
 def saved(path):
-    """What a checkpoint or a network file holds."""
+    """Load a checkpoint or a network file."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def rows(path):
-    """Objects of a JSON-lines file, without what differs from one machine or hour to the next."""
+    """Objects of a JSON-lines file, without times and memory."""
     return [
         {k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory_gib")}
         for line in Path(path).read_text().splitlines()
@@ -244,7 +227,7 @@ def rows(path):
 
 
 def assert_same(a, b, where=""):
-    """Assert that two nested structures are equal, tensors to the bit."""
+    """Assert that two nested structures are equal, with bit-identical tensors."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
@@ -262,16 +245,13 @@ def assert_same(a, b, where=""):
 
 
 def assert_same_run(a, b):
-    """Assert that two finished runs have the same results: metrics, genotypes, checkpoint."""
+    """Assert that two finished runs have the same metrics, genotypes, checkpoint and network."""
     a, b = Path(a), Path(b)
-    for name in ("metrics.jsonl", "genotypes.jsonl"):
+    for name in ("metrics.jsonl", "genotypes.jsonl", "checkpoint.pt", "network.pt"):
         assert (a / name).exists() == (b / name).exists()
         if (a / name).exists():
-            assert rows(a / name) == rows(b / name)
-    for name in ("checkpoint.pt", "network.pt"):
-        assert (a / name).exists() == (b / name).exists()
-        if (a / name).exists():
-            assert_same(*(saved(path / name) for path in (a, b)), name)
+            read = saved if name.endswith(".pt") else rows
+            assert_same(read(a / name), read(b / name), name)
     x, y = (json.loads((path / "genotype.json").read_text()) for path in (a, b))
     assert x["normal"] == y["normal"] and x["reduce"] == y["reduce"]
 
@@ -284,6 +264,6 @@ def imagenet_of_digits(root):
         for k, image in enumerate(pixels.astype(np.uint8)):
             folder = root / ("train" if k < 12 else "val") / f"n{label:08}"
             folder.mkdir(parents=True, exist_ok=True)
-            # As in ImageNet: of many sizes, most in colour, some grey, some CMYK.
+            # As in ImageNet, sizes differ, and some images are grey or CMYK.
             image = Image.fromarray(image).convert(("RGB", "RGB", "L", "CMYK")[k % 4])
             image.resize((40 + k, 48)).save(folder / f"{k}.JPEG")

@@ -48,19 +48,19 @@ def whole(tmp_path_factory):
     return make
 
 
-def start_or_resume(loop, place, meddle=None):
+def start_or_resume(loop, place, prelude=None):
     script, *flags = LOOPS[loop]
     if (place / "run/checkpoint.pt").exists():
         return Process(script, "--resume", "run", cwd=place)
     if (place / "run").exists():  # killed in its first epoch: there is nothing to go on from
         (place / "run").rename(place / f"given up {time.monotonic()}")
-    return Process(script, *flags, "--save", "run", cwd=place, meddle=meddle)
+    return Process(script, *flags, "--save", "run", cwd=place, prelude=prelude)
 
 
 def linger(loop, place):
     """A run that has written a checkpoint, and is still going on."""
-    (place / "meddle.py").write_text(LINGER)
-    process = start_or_resume(loop, place, place / "meddle.py")
+    (place / "prelude.py").write_text(LINGER)
+    process = start_or_resume(loop, place, place / "prelude.py")
     await_checkpoint(place / "run")
     return process
 
@@ -136,10 +136,10 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_while_the_checkpoint_is_written(whole, tmp_path, moment):
     path, _ = whole("two-stage")
-    meddle = tmp_path / "meddle.py"
-    meddle.write_text(MOMENTS[moment])
+    prelude = tmp_path / "prelude.py"
+    prelude.write_text(MOMENTS[moment])
     script, *flags = LOOPS["two-stage"]
-    process = Process(script, *flags, "--save", "run", cwd=tmp_path, meddle=meddle)
+    process = Process(script, *flags, "--save", "run", cwd=tmp_path, prelude=prelude)
     assert process.wait() == -signal.SIGKILL
     assert saved(tmp_path / "run/checkpoint.pt")["epoch"] == 1
     run(script, "--resume", "run", cwd=tmp_path)
@@ -179,11 +179,11 @@ def test_a_run_is_not_resumed_while_it_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
-    (tmp_path / "meddle.py").write_text(
+    (tmp_path / "prelude.py").write_text(
         "import os, signal, torch\n"
         "torch.save = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
     )
-    process = start_or_resume("two-stage", tmp_path, tmp_path / "meddle.py")
+    process = start_or_resume("two-stage", tmp_path, tmp_path / "prelude.py")
     assert process.wait() == 130
     assert process.stderr == "search.py: stopped by SIGINT\n"
     last = process.stdout.splitlines()[-1]
@@ -196,10 +196,10 @@ def test_a_signal_before_there_is_a_checkpoint_says_so(tmp_path):
 def test_one_stage_search_resumes_in_either_phase(whole, tmp_path, phase):
     path, _ = whole("one-stage")
     searching = sum(row["phase"] == "searching" for row in rows(path / "metrics.jsonl"))
-    meddle = tmp_path / "meddle.py"
-    meddle.write_text(killed_in(2 if phase == "searching" else searching + 2))
+    prelude = tmp_path / "prelude.py"
+    prelude.write_text(killed_in(2 if phase == "searching" else searching + 2))
     script, *flags = LOOPS["one-stage"]
-    process = Process(script, *flags, "--save", "run", cwd=tmp_path, meddle=meddle)
+    process = Process(script, *flags, "--save", "run", cwd=tmp_path, prelude=prelude)
     assert process.wait() == -signal.SIGKILL
     run(script, "--resume", "run", cwd=tmp_path)
     assert_same_run(path, tmp_path / "run")

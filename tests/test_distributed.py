@@ -27,7 +27,7 @@ from scripts import (
     killed_in,
     rows,
     run,
-    said,
+    stderr_of,
     saved,
 )
 
@@ -59,9 +59,9 @@ def start(script, *flags, cwd, n=2, killed=None, lingers=None):
     """n ranks of a script that find each other; they are killed in an epoch, or one lingers."""
     processes = []
     for rank, text in enumerate(as_ranks(n)):
-        meddle = Path(tempfile.mkstemp(suffix=".py")[1])
-        meddle.write_text(text + killed_in(killed) + KEEP + LINGER * (rank == lingers))
-        processes.append(Process(script, *flags, cwd=cwd, meddle=meddle))
+        prelude = Path(tempfile.mkstemp(suffix=".py")[1])
+        prelude.write_text(text + killed_in(killed) + KEEP + LINGER * (rank == lingers))
+        processes.append(Process(script, *flags, cwd=cwd, prelude=prelude))
     return processes
 
 
@@ -135,7 +135,7 @@ def test_the_death_of_one_rank_ends_the_others_with_a_message(whole, tmp_path, l
     assert processes[victim].wait() == -signal.SIGKILL
     assert survivor.wait() == 2
     message = "another rank of this run has ended; resume from the last checkpoint with: torchrun"
-    assert message in said(survivor) and said(survivor).count("\n") == 1
+    assert message in stderr_of(survivor) and stderr_of(survivor).count("\n") == 1
 
     script = LOOPS[loop][0]
     finish(start(script, "--resume", "run", cwd=tmp_path))
@@ -160,7 +160,7 @@ def test_a_signal_to_all_ranks_is_told_once(tmp_path, signum):
     for rank in ranks:
         rank.kill(signum)
     assert [rank.wait() for rank in ranks] == 2 * [128 + signum]
-    assert [*map(said, ranks)] == [f"search.py: stopped by {signum.name}\n", ""]
+    assert [*map(stderr_of, ranks)] == [f"search.py: stopped by {signum.name}\n", ""]
     command = "torchrun --nproc_per_node=2 search.py --resume run"
     assert ranks[0].stdout.endswith(f"resume from the last checkpoint with: {command}\n")
 
@@ -275,7 +275,7 @@ def test_a_folder_that_exists_is_refused_once(tmp_path):
     (tmp_path / "run/notes.txt").touch()
     ranks = start(*LOOPS["training"], "--epochs", 1, "--save", "run", cwd=tmp_path)
     assert [rank.wait() for rank in ranks] == [2, 2]
-    error = "".join(map(said, ranks))
+    error = "".join(map(stderr_of, ranks))
     assert error.count("\n") == 1 and "exists already and is not overwritten" in error
 
 
@@ -283,6 +283,6 @@ def test_a_batch_per_rank_that_is_too_large_is_refused_once(tmp_path):
     processes = start(*TRAIN, "--batch_size", 1000, cwd=tmp_path)
     assert [process.wait() for process in processes] == [2, 2]
     first, second = processes
-    assert "--batch_size 1000 for each of 2 ranks" in said(first)
-    assert (second.stdout, said(second)) == ("", "")
+    assert "--batch_size 1000 for each of 2 ranks" in stderr_of(first)
+    assert (second.stdout, stderr_of(second)) == ("", "")
     assert not os.listdir(tmp_path)

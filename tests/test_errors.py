@@ -387,9 +387,9 @@ tqdm.write = limit
 
 @pytest.mark.parametrize("limit", [1000, 60_000])
 def test_a_full_disk_says_so_and_the_last_checkpoint_stands(tmp_path, limit):
-    (tmp_path / "meddle.py").write_text(FULL.format(limit=limit))
+    (tmp_path / "prelude.py").write_text(FULL.format(limit=limit))
     process = Process(*TWO_STAGE, "--epochs", 3, "--save", "run", cwd=tmp_path,
-                      meddle=tmp_path / "meddle.py")
+                      prelude=tmp_path / "prelude.py")
     check("search.py", process.wait(), process.stderr, "could not be written: File too large")
     assert not list((tmp_path / "run").glob("*.partial"))
     assert saved(tmp_path / "run/checkpoint.pt")["epoch"] == 1
@@ -407,10 +407,10 @@ def test_a_run_does_without_tensorboard(tmp_path, monkeypatch):
 
 
 def test_a_log_with_greek_letters_on_an_ascii_terminal(tmp_path):
-    (tmp_path / "meddle.py").write_text("import sys\nsys.stdout.reconfigure(encoding='ascii')\n")
+    (tmp_path / "prelude.py").write_text("import sys\nsys.stdout.reconfigure(encoding='ascii')\n")
     # All codes are 0 at first. The warning about this has a Greek letter.
     process = Process(*TWO_STAGE, "--lam", 1e-2, "--epochs", 1, "--save", "run", cwd=tmp_path,
-                      meddle=tmp_path / "meddle.py")
+                      prelude=tmp_path / "prelude.py")
     assert process.wait() == 0 and not process.stderr, process.stderr
     log = (tmp_path / "run/log.txt").read_text(encoding="utf-8")
     assert "the search is done" in log and "λ_max" in log

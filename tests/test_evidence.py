@@ -42,8 +42,8 @@ def commands(tmp_path, monkeypatch):
     def start(command, **streams):
         commands.append(" ".join(command))
         killed = "search-searched-0 " in commands[-1] and "--resume" not in commands[-1]
-        meddle = tmp_path / "kill.py" if killed else None
-        process = Process(*command[1:], cwd=tmp_path, meddle=meddle)
+        prelude = tmp_path / "kill.py" if killed else None
+        process = Process(*command[1:], cwd=tmp_path, prelude=prelude)
         return subprocess.CompletedProcess(command, process.wait(), stderr=process.stderr)
 
     monkeypatch.setattr(subprocess, "run", start)

@@ -240,9 +240,9 @@ def test_a_run_reports_top5(place, trained):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_ends_the_step(place, tmp_path, signum):
     (tmp_path / "images").symlink_to(place / "images")
-    (tmp_path / "meddle.py").write_text("import os\nos.setpgid(0, 0)\n")
+    (tmp_path / "prelude.py").write_text("import os\nos.setpgid(0, 0)\n")
     process = Process(*RUN, "--epochs", 99, "--save", "run", cwd=tmp_path,
-                      meddle=tmp_path / "meddle.py")
+                      prelude=tmp_path / "prelude.py")
     await_checkpoint(tmp_path / "run")
     os.killpg(process.pid, signum)
     assert process.wait() == 128 + signum, process.stdout + process.stderr
@@ -350,12 +350,12 @@ def test_a_run_that_is_killed_in_every_epoch_ends_as_the_whole_one(
     place, trained, searched, tmp_path, name
 ):
     (tmp_path / "images").symlink_to(place / "images")
-    meddle = tmp_path / "meddle.py"
-    meddle.write_text(KILL.format(step=STEPS[name] + 3))  # each process ends one epoch
+    prelude = tmp_path / "prelude.py"
+    prelude.write_text(KILL.format(step=STEPS[name] + 3))  # each process ends one epoch
     script, *flags = {**SEARCHES, "run": RUN}[name]
     flags, epochs = [*flags, "--save", name], len(rows(place / name / "metrics.jsonl"))
     for epoch in range(1, epochs):
-        process = Process(script, *flags, cwd=tmp_path, meddle=meddle)
+        process = Process(script, *flags, cwd=tmp_path, prelude=prelude)
         assert process.wait() == -signal.SIGKILL, process.stderr
         assert saved(tmp_path / name / "checkpoint.pt")["epoch"] == epoch
         flags = ["--resume", name]

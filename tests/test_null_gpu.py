@@ -34,7 +34,7 @@ from scripts import (
     null_gpu,
     rows,
     run,
-    said,
+    stderr_of,
     saved,
 )
 
@@ -71,9 +71,9 @@ KILLED = {**EPOCHS, "one-stage": 3}  # in this epoch; the first 2 search
 
 def kill_and_resume(loop, cwd, before=EAGER, after=()):
     """Kill a run and resume it, each time with more flags."""
-    meddle = cwd / "meddle.py"
-    meddle.write_text(killed_in(KILLED[loop]))
-    killed = Process(*LOOPS[loop], *before, "--save", "run", cwd=cwd, meddle=meddle, launcher=GPU)
+    prelude = cwd / "prelude.py"
+    prelude.write_text(killed_in(KILLED[loop]))
+    killed = Process(*LOOPS[loop], *before, "--save", "run", cwd=cwd, prelude=prelude, launcher=GPU)
     assert killed.wait() == -signal.SIGKILL, killed.stderr
     return run(LOOPS[loop][0], "--resume", "run", *after, cwd=cwd, launcher=GPU)
 
@@ -177,11 +177,11 @@ operations.drop_path = drop_path
 
 def test_graphs_with_drop_path(tmp_path):
     """Its probability changes from epoch to epoch, in the same graph."""
-    (tmp_path / "meddle.py").write_text(COUNTED)
+    (tmp_path / "prelude.py").write_text(COUNTED)
     flags = [*TRAIN, "--drop_path_prob", 0.6, "--batch_size", 320, "--epochs", 3]
     for name, more in ("eager", EAGER), ("graphs", []):
         process = Process(*flags, *more, "--save", name, cwd=tmp_path, launcher=GPU,
-                          meddle=tmp_path / "meddle.py")
+                          prelude=tmp_path / "prelude.py")
         assert process.wait() == 0, process.stderr
         assert "cannot be captured" not in " ".join(process.stdout.split())
     assert rows(tmp_path / "eager/metrics.jsonl") == rows(tmp_path / "graphs/metrics.jsonl")
@@ -233,13 +233,13 @@ def test_two_ranks_take_a_device_each(tmp_path):
 def test_more_ranks_than_devices_are_refused_once(tmp_path):
     ranks = []
     for text in as_ranks(2):
-        meddle = tmp_path / f"{len(ranks)}.py"
-        meddle.write_text(text)
-        ranks.append(Process(*TRAIN, cwd=tmp_path, meddle=meddle, launcher=GPU))
+        prelude = tmp_path / f"{len(ranks)}.py"
+        prelude.write_text(text)
+        ranks.append(Process(*TRAIN, cwd=tmp_path, prelude=prelude, launcher=GPU))
     assert [process.wait() for process in ranks] == [2, 2]
     first, second = ranks
-    assert re.fullmatch(r"train\.py: error: more ranks \(2\) than .* \(1\).*\n", said(first))
-    assert (second.stdout, said(second)) == ("", "") and not (tmp_path / "runs").exists()
+    assert re.fullmatch(r"train\.py: error: more ranks \(2\) than .* \(1\).*\n", stderr_of(first))
+    assert (second.stdout, stderr_of(second)) == ("", "") and not (tmp_path / "runs").exists()
 
 
 @pytest.fixture(scope="module")

@@ -263,8 +263,8 @@ def test_what_does_not_come_to_rest_is_taken_as_it_is(tmp_path):
     more = ["--resume", "one", "--max_search_epochs", 3]
     assert "contradicts" in run("search.py", *more, cwd=tmp_path, status=2).stderr  # too late
 
-    (tmp_path / "meddle.py").write_text(killed_in(2))
-    Process(*flags, "--save", "killed", cwd=tmp_path, meddle=tmp_path / "meddle.py").wait()
+    (tmp_path / "prelude.py").write_text(killed_in(2))
+    Process(*flags, "--save", "killed", cwd=tmp_path, prelude=tmp_path / "prelude.py").wait()
     run("search.py", "--resume", "killed", *more[2:], cwd=tmp_path)
     phases = [row["phase"] for row in rows(tmp_path / "killed/metrics.jsonl")]
     assert phases == [*3 * ["searching"], "training"]

@@ -43,8 +43,8 @@ def start(job):
         faulthandler.dump_traceback_later(200, exit=True)  # if it hangs, it says where
         sys.argv = job["argv"]
         sys.path[0] = str(Path(sys.argv[0]).parent)
-        if job["meddle"]:  # a file that changes the libraries, to provoke a failure
-            runpy.run_path(job["meddle"])
+        if job["prelude"]:  # a file that changes the libraries, to provoke a failure
+            runpy.run_path(job["prelude"])
         if not job["pictures"]:
             draw_nothing()
         runpy.run_path(sys.argv[0], run_name="__main__")
