@@ -157,8 +157,8 @@ def await_checkpoint(run):
         time.sleep(0.01)
 
 
-# Sleeps in a step of the second or third epoch, so that a signal arrives while the run is in a step.
-# The first step opens files of the run folder, as drawing code does. This must not release its lock.
+# Sleeps in a step of the second or third epoch, so that a signal arrives during a step. The first
+# step opens files of the run folder, as drawing code does; this must not release the run's lock.
 LINGER = """
 import pathlib, time
 import torch.nn.functional as F

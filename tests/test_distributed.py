@@ -27,8 +27,8 @@ from scripts import (
     killed_in,
     rows,
     run,
-    stderr_of,
     saved,
+    stderr_of,
 )
 
 LOOPS = {

@@ -34,8 +34,8 @@ from scripts import (
     null_gpu,
     rows,
     run,
-    stderr_of,
     saved,
+    stderr_of,
 )
 
 pytestmark = [pytest.mark.cuda, needs_null_gpu]
