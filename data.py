@@ -83,8 +83,8 @@ def _scale_and_bias(mean, std, device):
 
 
 @functools.cache
-def _axis(n, device):
-    """Return the indices of n pixels, what to add to them for a flip, and the pixel centers."""
+def _pixel_coordinates(n, device):
+    """Return the indices of n pixels, the offsets to the flipped ones, and the pixel centers."""
     index = torch.arange(n, device=device)
     return index, index.flip(0) - index, index + 0.5
 
@@ -113,8 +113,8 @@ def augment(
     To add an augmentation, add a keyword argument: `Batches` passes it on.
     """
     B, C, H, W = x.shape
-    row, _, row_center = _axis(H, x.device)
-    column, flip_shift, column_center = _axis(W, x.device)
+    row, _, row_center = _pixel_coordinates(H, x.device)
+    column, flip_shift, column_center = _pixel_coordinates(W, x.device)
 
     def randint(n, count=1):
         """Draw `count` integers below n for each image of this rank: (count, B, 1)."""
@@ -188,8 +188,7 @@ class Batches:
         )
         if len(images) == 0 or train and not self.slices:
             purpose = "train" if train else "evaluate"
-            raise UserError(f"too few images to {purpose} on ({len(images)}): use a larger data "
-                            "set or another --train_portion")
+            raise UserError(f"too few images to {purpose} on ({len(images)}): use more images")
         self.images, self.batch_size, self.train = images, batch_size, train
         self.generator, self.memory_format = generator, memory_format
         self.rank, self.world_size, self.augmentation = rank, world_size, augmentation
@@ -353,9 +352,11 @@ def _load_cifar(cls, root, **_):
     absent = [path for path in (root, *root.parents) if not path.exists()]
     try:
         train, test = cls(root, train=True, download=not is_there), cls(root, train=False)
+    except MemoryError:
+        raise
     except Exception as error:  # many types: network, disk, archive, checksum, unpickling
         for path in absent:
-            with contextlib.suppress(OSError):  # it was not created, or has part of the archive
+            with contextlib.suppress(OSError):  # it does not exist, or is not empty
                 path.rmdir()
         raise UserError(
             f"{folder} is damaged: delete it to have it downloaded again" if is_there else
@@ -468,11 +469,11 @@ def _decode(paths, image_size, workers, log):
     def read(i):
         """Read an image; return whether it had to be resized."""
         image = read_rgb(paths[i])
-        is_other_size = image.size != (image_size, image_size)
-        if is_other_size:
+        needs_resize = image.size != (image_size, image_size)
+        if needs_resize:
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
         pixels[i] = np.asarray(image).transpose(2, 0, 1)
-        return is_other_size
+        return needs_resize
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         done = (pool.map if workers else map)(read, range(len(paths)))

@@ -13,12 +13,12 @@ Given a dictionary A (m, n) and a point b (m,), compute the code
                usually takes 1 step, 0.1 ms.
     fista      ista with momentum, for dictionaries larger than those of a search. With 200 x 1000
                Gaussian entries and lam_max / lam = 10 it takes 20 ms, ista 37, homotopy 291.
-    mosek      Interior point through CVXPY, as in the original experiments. Needs a licence.
+    mosek      Interior point through CVXPY, as in the original experiments. Needs a license.
     clarabel   Interior point through CVXPY, free. An independent check. 5 ms.
 
 The times are medians on one core of an Intel Xeon over 2,000 problems of a search (41 for
-clarabel): A from 7 x 14 to 7 x 35, lam = 1e-5, ||b|| from 1e-3 to 1. Then lam_max, the least lam
-whose code is 0, is between 1e-3 and 6. All codes had a relative gap within 1e-9. From a cold start
+clarabel): A from 7 x 14 to 7 x 35, lam = 1e-5, ||b|| from 1e-3 to 1, and lam_max, the smallest
+lam whose code is 0, from 1e-3 to 6. All codes had a relative gap within 1e-9. From a cold start
 homotopy, ista and fista found the same 2,000 supports. Times for 200 x 1000 are means of 10.
 
 To add a solver, write a function and enter it in `SOLVERS`, where its interface is described.
@@ -44,12 +44,12 @@ import numpy as np
 
 TOLERANCE = 1e-9  # relative duality gap at which a solution counts as converged
 MAX_ITER = 10_000  # of ista and fista
-STABLE_STEPS = 5  # ista and fista step on the support after the signs were stable for so many steps
+STABLE_STEPS = 5  # steps of ista and fista without a change of signs, before a support step
 RIDGE = 1e-12  # of _support_step, relative to L; at 1e-8 some problems take 100 times the steps
-DAMPING = 1e-3  # of _stationary; small next to A, whose largest entry is scaled to [1/2, 1)
+SYSTEM_SCALE = 1e-3  # of _solve_on_support; small next to A, whose largest entry is in [1/2, 1)
 DEPENDENCE_TOLERANCE = 1e-9  # relative residual at which a column counts as dependent on others
 TINY = 1e-300  # replaces a zero divisor
-SOLVERS_HINT = "homotopy, ista and fista need neither package nor licence"
+SOLVERS_HINT = "homotopy, ista and fista need neither package nor license"
 
 # For arrays this small, call overhead dominates: dot and argmax take half the time of @ and max.
 
@@ -65,7 +65,7 @@ class Solution(NamedTuple):
 
 
 class SolverUnavailable(RuntimeError):
-    """The package or the licence of a solver is missing; the one-line message names it."""
+    """The package or the license of a solver is missing; the one-line message names it."""
 
 
 # ------------------------------------------------------------------------------ the problem
@@ -109,7 +109,7 @@ def objective(A, b, z, lam):
 def duality_gap(A, b, z, lam):
     """Duality gap P(z) - D(theta) (absolute, never negative): an upper bound of P(z) - min P.
 
-    The dual problem is to maximise D(theta) = 1/2 ||b||^2 - 1/2 ||b - theta||^2 subject to
+    The dual problem is to maximize D(theta) = 1/2 ||b||^2 - 1/2 ||b - theta||^2 subject to
     ||A^T theta||_inf <= lam. With r = b - A z and c = A^T r, the scaled residual theta = alpha r,
     alpha = min(1, lam / ||c||_inf), is feasible. For lam = 0 the feasible set is the null space of
     A^T, and theta is the projection of r onto it.
@@ -136,8 +136,8 @@ def _gap(A, b, z, lam):
 
 def _max_abs(x):
     """||x||_inf, which is nan or inf if an entry is."""
-    size = np.abs(x)
-    return size.item(size.argmax())
+    magnitude = np.abs(x)
+    return magnitude.item(magnitude.argmax())  # faster than max() for small arrays
 
 
 def _validate(A, b, lam, z):
@@ -145,8 +145,8 @@ def _validate(A, b, lam, z):
     A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if A.ndim != 2 or b.shape != A.shape[:1] or A.size == 0:
         raise ValueError(f"A must be (m, n) and b (m,), m, n >= 1; got {A.shape} and {b.shape}")
-    size_A = _max_abs(A)
-    if not (math.isfinite(size_A) and math.isfinite(_max_abs(b))):
+    max_A = _max_abs(A)
+    if not (math.isfinite(max_A) and math.isfinite(_max_abs(b))):
         raise ValueError(f"A {A.shape} and b {b.shape} must be finite")
     lam = float(lam)
     if not 0.0 <= lam < math.inf:
@@ -157,7 +157,7 @@ def _validate(A, b, lam, z):
             raise ValueError(f"a code for A {A.shape} must be {A.shape[1:]}; got {z.shape}")
         if not math.isfinite(_max_abs(z)):
             raise ValueError(f"the code {z.shape} must be finite")
-    return A, b, lam, z, size_A
+    return A, b, lam, z, max_A
 
 
 # ------------------------------------------------------------------------------ homotopy
@@ -185,7 +185,7 @@ def _homotopy(A, b, lam, z0):
     return z, n_iter + n_path + n_more, solved
 
 
-def _stationary(A, b, S, s):
+def _solve_on_support(A, b, S, s):
     """Solve the optimality conditions on a support S with signs s, for all lam at once.
 
     With the k columns A_S linearly independent, the conditions
@@ -201,19 +201,20 @@ def _stationary(A, b, S, s):
     the result can be inaccurate.
     """
     # Solve both conditions as one symmetric system of order m + k. The normal equations would
-    # square the condition number of A_S, which is 1e3 and more for a 7 x 7 support. Eliminating r
-    # first amounts to the same. With r / DAMPING as the unknown, the identity in front of r becomes
-    # DAMPING, so that elimination chooses entries of A_S as pivots instead (Björck, BIT 1967).
+    # square the condition number of A_S, which is 1e3 and more for a 7 x 7 support. So would an
+    # elimination that starts with the identity in front of r. With r / SYSTEM_SCALE as the unknown,
+    # that block becomes SYSTEM_SCALE times the identity, so the pivots are entries of A_S (Björck,
+    # BIT 1967). In exact arithmetic SYSTEM_SCALE does not change the solution.
     # In numpy, one LU decomposition also takes half the time of a QR decomposition or an SVD.
     m, k = len(b), len(S)
     order = m + k
     K, rhs = np.zeros((order, order)), np.zeros((order, 2))
     K[:m, m:] = A_S = A.take(S, axis=1)
     K[m:, :m] = A_S.T
-    K.flat[: m * order : order + 1] = DAMPING  # the first m entries of the diagonal
-    rhs[:m, 0], rhs[m:, 1] = b, s / DAMPING
+    K.flat[: m * order : order + 1] = SYSTEM_SCALE  # the first m entries of the diagonal
+    rhs[:m, 0], rhs[m:, 1] = b, s / SYSTEM_SCALE
     solution = np.linalg.solve(K, rhs)
-    return solution[m:], DAMPING * solution[:m]
+    return solution[m:], SYSTEM_SCALE * solution[:m]
 
 
 def _path(A, b, lam):
@@ -247,16 +248,16 @@ def _path(A, b, lam):
         n_iter += 1
         S = s.nonzero()[0]
         try:
-            Z, R = _stationary(A, b, S, s[S])
+            Z, R = _solve_on_support(A, b, S, s[S])
         except np.linalg.LinAlgError:
             break
 
         a, g = A.T.dot(R).T
-        size, rate = np.abs(a), 1.0 - np.sign(a) * g
-        size[S] = 0.0  # these columns are on the support already
+        magnitude, rate = np.abs(a), 1.0 - np.sign(a) * g
+        magnitude[S] = 0.0  # these columns are on the support already
         # rate <= 0 means that the column is beyond its bound, because the path has missed its
         # breakpoint. Division by TINY makes it join now.
-        join_at = np.where(size > noise, size / np.maximum(rate, TINY), 0.0)
+        join_at = np.where(magnitude > noise, magnitude / np.maximum(rate, TINY), 0.0)
         joining = join_at.argmax()
         leaving, mu_next = None, join_at[joining]
 
@@ -279,11 +280,11 @@ def _path(A, b, lam):
 
 
 def _active_set(A, b, lam, z, only_if_near=False):
-    """Minimise P from z by an active-set method on the pair (support, signs).
+    """Minimize P from z by an active-set method on the pair (support, signs).
 
     (Feature-sign search: Lee, Battle, Raina, Ng, NeurIPS 2006, with a rule for dependent columns.)
 
-    Each iteration minimises P on the support with the signs fixed:
+    Each iteration minimizes P on the support with the signs fixed:
 
     1. If an entry would change its sign, move only until the first entry reaches zero, and remove
        it from the support.
@@ -293,9 +294,9 @@ def _active_set(A, b, lam, z, only_if_near=False):
        ||z||_1 decreases. Stop when an entry reaches zero, and remove it. This keeps the columns of
        the support independent.
 
-    The method terminates: no step increases P, and P decreases strictly between the points that
-    reach 2, so that no pair (support, signs) occurs there twice. If one does, only rounding errors
-    remain, and the method stops.
+    Termination: P never increases, and decreases strictly between two visits to 2, so in exact
+    arithmetic no pair (support, signs) occurs twice there. If one does, progress is below rounding,
+    and the method stops.
 
     Far from the optimum this takes more solves than the path. With `only_if_near` it gives up if
     two or more signs would change in the first solve.
@@ -311,7 +312,7 @@ def _active_set(A, b, lam, z, only_if_near=False):
         S = s.nonzero()[0]
         s_S = s[S]
         try:
-            Z, _ = _stationary(A, b, S, s_S)
+            Z, _ = _solve_on_support(A, b, S, s_S)
         except np.linalg.LinAlgError:
             break
         target = np.zeros(n)
@@ -325,9 +326,9 @@ def _active_set(A, b, lam, z, only_if_near=False):
 
         z = target
         c = A.T.dot(b - A.dot(z))
-        size = np.abs(c)
-        j = size.argmax()
-        if size[j] <= lam + slack:
+        magnitude = np.abs(c)
+        j = magnitude.argmax()
+        if magnitude[j] <= lam + slack:
             # Each s_i c_i is at most lam. If their sum is |S| lam, each of them equals lam.
             solved = bool(s.dot(c) >= len(S) * (lam - slack))
             break
@@ -338,7 +339,7 @@ def _active_set(A, b, lam, z, only_if_near=False):
         # Column j joins. With A_j for b, Z[:, 0] and R[:, 0] are its least-squares fit by A_S.
         sign = np.sign(c[j])
         n_iter += 1
-        Z, R = _stationary(A, A[:, j], S, s_S)
+        Z, R = _solve_on_support(A, A[:, j], S, s_S)
         if np.linalg.norm(R[:, 0]) <= DEPENDENCE_TOLERANCE * np.linalg.norm(A[:, j]):
             null = np.zeros(n)
             null[S], null[j] = -sign * Z[:, 0], sign
@@ -449,15 +450,15 @@ def _support_step(A, b, lam, z, ridge):
 
 
 def _mosek(A, b, lam, z0):
-    """Solve with MOSEK through CVXPY; needs a licence. z0 is not used."""
+    """Solve with MOSEK through CVXPY; needs a license. z0 is not used."""
     cvxpy, mosek = _import("cvxpy", "mosek"), _import("mosek", "mosek")
     try:
         with mosek.Env() as env:
             env.checkoutlicense(mosek.feature.pton)
     except mosek.Error:
         raise SolverUnavailable(
-            "no MOSEK licence in ~/mosek/mosek.lic or at the path in "
-            f"MOSEKLM_LICENSE_FILE; {SOLVERS_HINT}, clarabel needs no licence"
+            "no MOSEK license in ~/mosek/mosek.lic or at the path in "
+            f"MOSEKLM_LICENSE_FILE; {SOLVERS_HINT}, clarabel needs no license"
         ) from None
     names = ("PFEAS", "DFEAS", "REL_GAP", "MU_RED")
     params = {f"MSK_DPAR_INTPNT_CO_TOL_{name}": 1e-12 for name in names}
@@ -484,7 +485,7 @@ def _import(package, solver):
 def _interior_point(cvxpy, A, b, lam, name, **options):
     z = cvxpy.Variable(A.shape[1])
     loss = 0.5 * cvxpy.sum_squares(A @ z - b)
-    # Minimise P / lam. At the optimum, P is of the order of lam ||z||_1, which can be smaller than
+    # Minimize P / lam. At the optimum, P is of the order of lam ||z||_1, which can be smaller than
     # the solver's absolute tolerances, even though these are set far below their defaults.
     problem = cvxpy.Problem(cvxpy.Minimize(loss / lam + cvxpy.norm1(z) if lam > 0.0 else loss))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -511,7 +512,7 @@ def _interior_point(cvxpy, A, b, lam, name, **options):
 #     n_iter   int, for information
 #     solved   False if the solver knows that it failed; `recover` checks the gap of z in any case
 #
-# and raises SolverUnavailable if a package or a licence is missing.
+# and raises SolverUnavailable if a package or a license is missing.
 SOLVERS = {
     "homotopy": _homotopy,
     "ista": partial(_proximal_gradient, momentum=False),
@@ -548,17 +549,17 @@ def recover(A, b, lam=1e-5, solver="homotopy", z0=None):
     ValueError
         Wrong shape or non-finite entries of A, b or z0; negative or non-finite lam; unknown solver.
     SolverUnavailable
-        mosek or clarabel without its package, or mosek without a licence, unless the code is 0.
+        mosek or clarabel without its package, or mosek without a license, unless the code is 0.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose from {', '.join(SOLVERS)}")
-    A, b, lam, z0, size_A = _validate(A, b, lam, z0)
+    A, b, lam, z0, max_A = _validate(A, b, lam, z0)
     lam_max = _max_abs(A.T.dot(b))
     if lam >= lam_max:
         return Solution(np.zeros(A.shape[1]), 0.0, 0, True, solver)
 
     # Scaling by powers of two is exact.
-    scale_A = 2.0 ** math.frexp(size_A)[1]
+    scale_A = 2.0 ** math.frexp(max_A)[1]
     scale_b = 2.0 ** math.frexp(lam_max / scale_A)[1]
     A, b, lam = A / scale_A, b / scale_b, lam / (scale_A * scale_b)
     z0 = None if z0 is None else z0 * (scale_A / scale_b)

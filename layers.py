@@ -238,10 +238,9 @@ class _Concat(torch.autograd.Function):
 
 
 def diagonals(x):
-    """Return every second pixel: x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2].
+    """Return the pixels with even and with odd coordinates: x[:, :, ::2, ::2], x[:, :, 1::2, 1::2].
 
-    These are the pixels that a 1×1 convolution of stride 2 reads, from x and from x shifted by one
-    pixel in both directions.
+    These are the inputs of the two 1×1 convolutions of stride 2 in a FactorizedReduce.
     """
     return (x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]) if is_plain() else _Diagonals.apply(x)
 
@@ -443,21 +442,18 @@ def _depthwise_input_gradient(g, x, weight, stride, dilation):
             g, x, weight, (True, False), stride=(stride, stride), padding=(padding, padding),
             groups=len(weight),
         )[0]
-    # With stride 2 and dilation 2, the kernel reads every second pixel, as an undilated kernel with
-    # stride 1 reads all pixels of the image that these form. The other pixels get no gradient.
+    # Stride 2 with dilation 2 reads only even rows and columns. On the image x[:, :, ::2, ::2] this
+    # is a convolution of stride 1 without dilation. All other pixels have gradient 0.
     g_x = torch.zeros_like(x)
     x = _channels_last(x[:, :, ::2, ::2])
     g_x[:, :, ::2, ::2] = _depthwise_input_gradient(g, x, weight, 1, 1)
     return g_x
 
 
-# oneDNN computes weight gradients only of undilated kernels with up to 3 columns, and torch's code
-# for all others is up to 12 times slower. So their gradients are assembled from gradients of 3
-# columns that are `spacing` pixels apart. If `spacing` neighboring pixels are viewed as channels of
-# one pixel, which needs no copy, these columns become adjacent.
-#
-# At 64×16×32×32 this takes 0.6 times as long as computations with shifted copies of the images (0.4
-# times with dilation).
+# oneDNN has fast weight gradients only for undilated kernels with up to 3 columns; for all others
+# torch's code is up to 12 times slower. So compute three columns of the kernel at a time, at the
+# offsets -s, 0 and s (s = `spacing`): with (H, W, C) viewed as (H, W/s, s·C), pixels that are s
+# apart become adjacent. For a 5×5 kernel, s = 1 gives columns 1 to 3, and s = 2 columns 0, 2 and 4.
 
 
 def _depthwise_weight_gradient(g, x, weight, stride, dilation):
@@ -470,8 +466,8 @@ def _depthwise_weight_gradient(g, x, weight, stride, dilation):
             groups=len(weight),
         )[1]
     if stride == 2:  # 5×5, undilated
-        # A view of 2 pixels as one has stride 1 along rows. The kernel reads its even pixels in
-        # columns -2, 0 and 2, and its odd pixels in columns -1 and 1; column 3 is not used.
+        # With pairs of neighboring pixels viewed as one (s = 2), the stride along rows is 1. Even
+        # pixels meet the columns -2, 0 and 2 of the kernel; odd ones meet -1, 1 and 3 (not used).
         g = _channels_last(torch.cat([g, g], dim=1))
         even, odd = _three_columns(g, x, rows=5, dilation=1, spacing=2, stride=(2, 1))
         columns = even[..., 0], odd[..., 0], even[..., 1], odd[..., 1], even[..., 2]
@@ -486,8 +482,8 @@ def _depthwise_weight_gradient(g, x, weight, stride, dilation):
 def _three_columns(g, x, rows, dilation, spacing, stride=(1, 1)):
     """Return weight gradients at columns -spacing, 0 and spacing: (spacing, C, 1, rows, 3).
 
-    Entry i of the first dimension is the contribution of every `spacing`-th pixel from the i-th on.
-    With stride (1, 1), the gradient is their sum.
+    Entry i of the first dimension sums over the columns w = i modulo `spacing` of the images. With
+    stride (1, 1), the gradient is the sum of all entries.
     """
     channels = x.shape[1]
     height = dilation * (rows - 1) + 1  # of an undilated kernel that contains all rows

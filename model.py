@@ -85,7 +85,7 @@ class Skeleton(nn.Module):
         return self.modules()
 
     def graph_key(self):
-        """Return, by name, what determines the kernels of a forward pass in addition to shapes."""
+        """Return by name the values that select the kernels of a forward pass, besides shapes."""
         return {"training mode": self.training, "drop-path": self._drops_paths}
 
     def forward(self, x, normal=(), reduce=()):                       # (B, 3, H, W)

@@ -3,13 +3,14 @@
     from model_search import Network
     net = Network(16, 10, 8)
     logits, _ = net(images)                     # runs 2 of the n_j candidates of each node
-    net.recover()                               # new codes and supports from the points b
+    net.recover()                               # new codes and supports from b
     print(net.genotype())
 
 All cells of a type use the same `SparseCode`. Node j of a cell (j = 0, ..., 3) can choose among
 n_j = 7(j+2) pairs of an edge and an operation, numbered k = 7·edge + operation. Its code z_j in
-R^{n_j} is not trained. A sparse solver recovers z_j from a trained point b_j in R^m, m = 7, and a
-fixed dictionary A_j. The pairs of the 2 largest |z_jk| form the support S_j; only these run.
+R^{n_j} is not trained. A sparse solver recovers it from the architecture parameters b_j, a point
+in R^m, m = 7, and a fixed dictionary A_j. The pairs of the 2 largest |z_jk| are the support S_j.
+Only these run.
 """
 
 import copy
@@ -40,7 +41,7 @@ class Recovery(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------
-# Points, dictionaries and codes
+# Dictionaries and sparse codes
 # ------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +59,7 @@ DICTIONARIES = {"uniform": uniform, "normal": normal}
 
 
 class SparseCode(nn.Module):
-    """Points b, dictionaries A and codes z of the nodes of one cell type.
+    """Architecture parameters b, dictionaries A and codes z of the nodes of one cell type.
 
     The code of a node is the solution of the LASSO problem (ISTA-NAS, section 3)
 
@@ -163,7 +164,7 @@ class SparseCode(nn.Module):
                 self.c[j] = A_S.T @ (A_S @ z_S) - z_S
 
     def solve(self, solver="homotopy"):
-        """Compute the codes of the points b; frozen nodes keep theirs.
+        """Compute the codes from b; frozen nodes keep theirs.
 
         Returns a list of 4 arrays, float64 (n_j,), and the number of codes for which the solver
         did not converge, so that homotopy solved them instead.
@@ -174,7 +175,7 @@ class SparseCode(nn.Module):
                 continue
             z0 = codes[j]
             solution = ista.recover(A, b, self.lam, solver, z0)
-            if not solution.converged:
+            if not solution.converged and solver != "homotopy":
                 not_converged += 1
                 solution = ista.recover(A, b, self.lam, z0=z0)
             codes[j] = solution.z
@@ -193,11 +194,11 @@ class SparseCode(nn.Module):
         """
         support = []
         for z, last in zip(codes, self.support, strict=True):
-            size = np.abs(z)
+            magnitude = np.abs(z)
             was_active = np.isin(np.arange(len(z)), pair_numbers(last))
             # Sort by |z|, stably, so that ties go to the smaller number. Among zeros, the pairs of
             # the last support come first: they fill up a code with fewer than s nonzero entries.
-            order = np.lexsort((~was_active & (size == 0), -size))
+            order = np.lexsort((~was_active & (magnitude == 0), -magnitude))
             if self.distinct_edges:
                 _, first = np.unique(order // len(PRIMITIVES), return_index=True)
                 order = order[np.sort(first)]  # the largest of each edge
@@ -232,8 +233,8 @@ class SparseCode(nn.Module):
     @torch.no_grad()
     def accept(self, codes, support):
         """Write codes into z and a support into S."""
-        for z, code in zip(self.z, codes, strict=True):
-            z.copy_(torch.as_tensor(code))
+        for z, z_new in zip(self.z, codes, strict=True):
+            z.copy_(torch.as_tensor(z_new))
         self.S.copy_(torch.tensor([pair_numbers(node) for node in support]))
         self._versions = None  # A may have been written through `.data`
         self._refresh()
@@ -254,7 +255,7 @@ class SparseCode(nn.Module):
         Raises
         ------
         ista.SolverUnavailable
-            If the package or the licence of the solver is missing.
+            If the package or the license of the solver is missing.
         """
         codes, not_converged = self.solve(solver)
         self.accept(codes, self.choose_unfrozen(codes))
@@ -404,19 +405,19 @@ class Network(Skeleton):
         return found
 
     def arch_parameters(self):
-        """The points b of the normal cell, then those of the reduction cell."""
+        """The parameters b of the normal cell, then those of the reduction cell."""
         return [*self.normal_code.b, *self.reduce_code.b]
 
     def weight_parameters(self):
-        """All parameters except the points b."""
+        """All parameters except b."""
         arch = {id(b) for b in self.arch_parameters()}
         return [p for p in self.parameters() if id(p) not in arch]
 
     def genotype(self, supports=None):
-        """The Genotype of the supports of the normal and the reduction cell; by default the own."""
+        """Return the Genotype of the supports (normal, reduce); by default the current ones."""
         normal, reduce = supports or (code.support for code in self.codes)
-        concat = range(2, 2 + NODES)
-        return Genotype(as_pairs(normal), concat, as_pairs(reduce), concat)
+        nodes = range(2, 2 + NODES)
+        return Genotype(as_pairs(normal), nodes, as_pairs(reduce), nodes)
 
     def describe(self):
         """The genotype as lists and the weights of its pairs: a line of genotypes.jsonl."""
@@ -424,7 +425,7 @@ class Network(Skeleton):
         return {**as_lists(self.genotype()), "normal_weights": normal, "reduce_weights": reduce}
 
     def recover(self, solver="homotopy", freeze_tol=None, max_params=None, broadcast=None):
-        """Update codes and supports from the points b.
+        """Update codes and supports from b.
 
         Parameters
         ----------
@@ -445,7 +446,7 @@ class Network(Skeleton):
         Raises
         ------
         ista.SolverUnavailable
-            If the package or the licence of the solver is missing.
+            If the package or the license of the solver is missing.
         """
         codes, supports, not_converged = [], [], 0
         for code in self.codes:
@@ -531,7 +532,7 @@ class Network(Skeleton):
         )
 
     def idle_operations(self):
-        """Yield each operation outside the support, after its MixedOp and its index there."""
+        """Yield (mixed, k, operation) for each operation mixed._ops[k] outside the support."""
         for cell in self.cells:
             support = self.codes[cell.reduction].support
             for j in range(NODES):

@@ -5,10 +5,10 @@
     python search.py --dataset imagefolder --data my_images   # on your own images
     python search.py --resume runs/search-20201206-101500     # go on after an interruption
 
-Two-stage search: each step first updates the points b, by Adam on a batch of one half of the
-training images, then the weights, by SGD on a batch of the other half. After each epoch the codes
-are recovered from b. They determine the 2 operations that each node runs. The last support is the
-genotype, which `train.py --arch RUN/genotype.json` trains from scratch.
+Two-stage search: each step first updates the architecture parameters b (Adam, a batch of one half
+of the training images), then the weights (SGD, a batch of the other half). After each epoch the
+sparse codes are recovered from b. They determine the 2 operations that each node runs. The last
+support is the genotype, which `train.py --arch RUN/genotype.json` trains from scratch.
 
 One-stage search: the supernet has the target size, and each step updates b and the weights. A node
 is frozen when its code has converged. When all nodes are frozen, training continues with the fixed
@@ -76,13 +76,14 @@ def main(args):
     if args.compile:
         speedups.compile_network(net, is_fixed=all(net.frozen), log=run.log)
     weight_optimizer, arch_optimizer = optimizers(net, args)
-    checkpoints.record_built_numbers(weight_optimizer, arch_optimizer)
+    checkpoints.record_hyperparameters(weight_optimizer, arch_optimizer)
     utils.seed_drop_path(args.seed)
     graphs_enabled = use_graphs(args.cuda_graphs, device, args.recover_every)
 
-    # A one-stage search has two phases: "searching", at a constant learning rate, until all nodes
-    # are frozen, and "training", with the schedule of --epochs. A two-stage search has the second.
-    epoch, phase, trained, row = 0, "searching" if args.one_stage else "training", 0, {}
+    # One-stage search has two phases: "searching", at a constant learning rate, until all nodes are
+    # frozen, then "training", with the schedule of --epochs. Two-stage search is always "training".
+    phase = "searching" if args.one_stage else "training"
+    epoch, trained, row = 0, 0, {}  # completed epochs, those of phase "training", the last metrics
     if checkpoint:
         epoch, phase = checkpoint["epoch"], checkpoint["phase"]
         trained, row = checkpoint["trained"], checkpoint["row"]
@@ -98,8 +99,11 @@ def main(args):
         factor, net.drop_path_prob = schedule(args, epoch, phase, trained)
         utils.set_learning_rate(weight_optimizer, factor)
         before = net.genotype()
-        epoch, trained = epoch + 1, trained + (phase == "training")
-        name = f"search {epoch}" if phase == "searching" else f"{trained}/{args.epochs}"
+        epoch += 1
+        name = f"search {epoch}"
+        if phase == "training":
+            trained += 1
+            name = f"{trained}/{args.epochs}"
         rate = factor * weight_optimizer.param_groups[0]["initial_lr"]
         with run.epoch(
             epoch, name, batches, args.epochs - trained, may_take_longer=phase == "searching",
@@ -117,7 +121,7 @@ def main(args):
             measured = utils.evaluate(net, eval_batches, args.amp)
             row.update(utils.name_metrics(measured, eval_name))
 
-            # Recover the architecture of the next epoch; the numbers above are of this one.
+            # Recover the architecture of the next epoch. The metrics above are of the current one.
             if phase == "searching":
                 limits = dict(freeze_tol=args.freeze_tol, max_params=args.max_params)
                 row.update(recover(net, args, **limits))
@@ -197,23 +201,23 @@ def two_stage_epoch(
     `net` averages the gradients of the weights over the ranks. `steps` counts those of earlier
     epochs. Returns losses and accuracies of both halves, and the last recovery within the epoch.
     """
-    args, supernet = run.args, distributed.unwrapped(net)
-    device = next(supernet.parameters()).device
+    args, module = run.args, distributed.unwrapped(net)
+    device = next(module.parameters()).device
     meter, arch_meter, recovered = utils.Meter(device), utils.Meter(device), {}
-    graphs = StepGraphs(supernet, graphs_enabled, run.warn)
+    graphs = StepGraphs(module, graphs_enabled, run.warn)
     net.train()
     for (x, y), (x_arch, y_arch) in zip(batches, arch_batches.endless(), strict=False):
         loss, logits = graphs.run(
-            arch_step, supernet, x_arch, y_arch, weight_optimizer, arch_optimizer, args
+            arch_step, module, x_arch, y_arch, weight_optimizer, arch_optimizer, args
         )
         arch_meter.add(loss, logits, y_arch)
         loss, logits = graphs.run(weight_step, net, x, y, weight_optimizer, arch_optimizer, args)
         meter.add(loss, logits, y)
         steps += 1
         if args.recover_every != "epoch" and steps % args.recover_every == 0:
-            recovered = recover(supernet, args)
+            recovered = recover(module, args)
         run.progress.step(meter)
-    distributed.average_statistics(supernet)
+    distributed.average_statistics(module)
     metrics = utils.name_metrics(meter.read(), "train")
     arch_metrics = utils.name_metrics(arch_meter.read(), "arch")
     return {**metrics, **arch_metrics, **recovered}
@@ -221,9 +225,9 @@ def two_stage_epoch(
 
 def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs_enabled=False):
     """Update b and the weights on each batch; return loss and accuracy."""
-    supernet = distributed.unwrapped(net)
-    meter = utils.Meter(next(supernet.parameters()).device)
-    graphs = StepGraphs(supernet, graphs_enabled, run.warn)
+    module = distributed.unwrapped(net)
+    meter = utils.Meter(next(module.parameters()).device)
+    graphs = StepGraphs(module, graphs_enabled, run.warn)
     net.train()
     for x, y in batches:
         loss, logits = graphs.run(
@@ -231,7 +235,7 @@ def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs_
         )
         meter.add(loss, logits, y)
         run.progress.step(meter)
-    distributed.average_statistics(supernet)
+    distributed.average_statistics(module)
     return utils.name_metrics(meter.read(), "train")
 
 
@@ -241,7 +245,7 @@ def one_stage_epoch(net, batches, weight_optimizer, arch_optimizer, run, graphs_
 
 
 def load_batches(run, device, generator, memory_format):
-    """Return the batches of `load_images`, those for training augmented."""
+    """Return batches that train the weights, batches that train b (or None), and for evaluation."""
     args = run.args
     weight_images, arch_images, eval_images = load_images(run, device)
     options = dict(distributed.rank_and_size(), generator=generator, memory_format=memory_format)
@@ -306,7 +310,7 @@ def supernet(args, num_classes):
 
 
 def optimizers(net, args):
-    """SGD for the weights, and Adam for the points b."""
+    """SGD for the weights, and Adam for b."""
     weight_optimizer = utils.sgd(net.weight_parameters(), args)
     arch_optimizer = torch.optim.Adam(
         net.arch_parameters(), args.arch_learning_rate, betas=(0.5, 0.999),
@@ -333,7 +337,7 @@ def columns(args, name):
 def recover(net, args, **limits):
     """Recover the codes from b; return `model_search.Recovery` as a dict."""
     if not all(b.isfinite().all() for b in net.arch_parameters()):
-        raise utils.Diverged("a point b is not finite")
+        raise utils.Diverged("an architecture parameter b is not finite")
     # Use rank 0's codes on all ranks, because rounding may differ.
     return net.recover(args.solver, broadcast=distributed.from_rank_zero, **limits)._asdict()
 
@@ -466,7 +470,8 @@ def finish(run, net, images, eval_batches, row):
                      **run.describe(images))
     run.log("the trained network is in network.pt; to evaluate it, and to train it further:")
     weights = shlex.quote(run.file("network.pt"))
-    run.log(f"    python train.py --evaluate --weights {weights}{' --amp' * args.amp}", wrap=False)
+    amp = " --amp" if args.amp else ""
+    run.log(f"    python train.py --evaluate --weights {weights}{amp}", wrap=False)
     run.log(f"    python train.py --weights {weights}{flags.cutout_flag(args)}", wrap=False)
 
 

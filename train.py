@@ -88,7 +88,7 @@ def main(args):
     cutout_length = args.cutout_length if args.cutout else 0
     batches = train.batches(args.batch_size, train=True, cutout_length=cutout_length, **options)
     optimizer = utils.sgd(net.parameters(), args)
-    checkpoints.record_built_numbers(optimizer)
+    checkpoints.record_hyperparameters(optimizer)
     graphs_enabled = use_graphs(args.cuda_graphs, device)
     epoch, best, row = 0, -1.0, {}
     if checkpoint:
@@ -114,9 +114,10 @@ def main(args):
             row.update(train_epoch(parallel, batches, optimizer, run, graphs_enabled))
             measured = utils.evaluate(net, test_batches, args.amp, top5)
             row.update(utils.name_metrics(measured, "test"))
-            is_best, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
+            is_best = row["test_accuracy"] > best
+            best = max(best, row["test_accuracy"])
             row["best_accuracy"] = best
-        about = dict(run.describe(train), epoch=epoch, test_accuracy=row["test_accuracy"])
+        about = describe_network(run, train, row)
         if is_best:
             run.save_network("network-best.pt", net, **about)
         run.save_checkpoint(
@@ -125,14 +126,14 @@ def main(args):
             about=about,
         )
 
-    measured = {name: value for name, value in row.items() if name.startswith("test_")}
-    run.save_network("network.pt", net, **run.describe(train), epoch=epoch, **measured)
+    run.save_network("network.pt", net, **describe_network(run, train, row))
     run.draw(visualize.draw_run)
     run.log(f"{format_accuracy(row)} after the last epoch (network.pt); test accuracy {best:.2f} % "
             "in the best one (network-best.pt)")
     run.log("to evaluate the network again:")
     weights = shlex.quote(run.file("network.pt"))
-    run.log(f"    python train.py --evaluate --weights {weights}{' --amp' * args.amp}", wrap=False)
+    amp = " --amp" if args.amp else ""
+    run.log(f"    python train.py --evaluate --weights {weights}{amp}", wrap=False)
 
 
 def train_step(net, x, y, optimizer, args):
@@ -298,6 +299,12 @@ def columns(top5):
         "test %": "{test_accuracy:.2f}",
         **({"top-5 %": "{test_top5_accuracy:.2f}"} if top5 else {"best %": "{best_accuracy:.2f}"}),
     }
+
+
+def describe_network(run, images, row):
+    """What a network file says about its network: training images, epoch and test results."""
+    measured = {name: value for name, value in row.items() if name.startswith("test_")}
+    return dict(run.describe(images), epoch=row["epoch"], **measured)
 
 
 def format_accuracy(row):

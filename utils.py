@@ -181,7 +181,7 @@ def linear_with_warm_up(epoch, epochs):
 def sgd(parameters, args):
     """Return torch's fused SGD with momentum; on CUDA its learning rate is a tensor.
 
-    A CUDA graph reads the tensor at each replay, and would keep a number as it was at capture.
+    A CUDA graph reads a tensor at each replay, but keeps the value that a number had at capture.
     """
     optimizer = torch.optim.SGD(
         parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
@@ -195,7 +195,7 @@ def sgd(parameters, args):
 
 
 def create_momenta(optimizer):
-    """Give parameters without a momentum one of zeros, because fused SGD takes all or none."""
+    """Create missing momenta as zeros, because fused SGD needs them for all parameters or none."""
     for p in parameters_of(optimizer):
         state = optimizer.state[p]
         if state.get("momentum_buffer") is None:
@@ -211,7 +211,7 @@ def set_learning_rate(optimizer, factor):
 
 
 def set_number(old, value):
-    """Return `value` in place of `old`: in the same tensor, if `old` is one."""
+    """Return `value` as a float or, if `old` is a tensor, in that tensor."""
     return old.fill_(value) if isinstance(old, torch.Tensor) else float(value)
 
 
@@ -259,7 +259,7 @@ def criterion(logits, logits_aux, labels, args):
 
 
 class Diverged(UserError):
-    """The loss is not finite."""
+    """The loss or b is not finite."""
 
 
 class Meter:
@@ -291,7 +291,7 @@ class Meter:
 
 
 def name_metrics(measured, prefix):
-    """Return what a meter has read as a dict with the names of metrics.jsonl, as train_loss."""
+    """Return the results of a meter as a dict with keys such as train_loss."""
     names = (f"{prefix}_loss", f"{prefix}_accuracy", f"{prefix}_top5_accuracy")
     return dict(zip(names, measured, strict=False))
 

@@ -36,6 +36,8 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise
     except Exception:  # torch, zip and pickle each have errors of their own for damage
         raise UserError(f"{path} is damaged, or not a file of network weights") from None
 
@@ -63,8 +65,8 @@ def load_run(path, kind):
 DEVICE_OPTIONS = ("capturable", "fused", "foreach")  # of optimizers; they depend on the device
 
 
-def record_built_numbers(*optimizers):
-    """Store in each group of optimizers the numbers it was built with, for `load_optimizer`."""
+def record_hyperparameters(*optimizers):
+    """Store in each group of optimizers the hyperparameters it was constructed with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["built"] = {
@@ -75,17 +77,18 @@ def record_built_numbers(*optimizers):
 
 
 def load_optimizer(optimizer, state, log=print):
-    """Load an optimizer's state dict, except for `DEVICE_OPTIONS` and numbers edited in the code.
+    """Load an optimizer's state dict, except for `DEVICE_OPTIONS` and edited hyperparameters.
 
-    If the code now builds the optimizer with another number than the saved run did, the new number
-    is used, and `log` gets a line.
+    If the code now constructs the optimizer with another hyperparameter than the saved run did, the
+    new one is used, and `log` gets a line.
     """
     groups = []
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
         group = {**saved, **{name: own[name] for name in DEVICE_OPTIONS if name in own}}
         if "built" in own:
             group["built"] = own["built"]
-            group.update(changed_numbers(optimizer, saved.get("built", {}), own["built"], log))
+            before = saved.get("built", {})
+            group.update(changed_hyperparameters(optimizer, before, own["built"], log))
         groups.append(group)
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
@@ -95,8 +98,8 @@ def load_optimizer(optimizer, state, log=print):
         group["lr"] = utils.set_number(rate, group["lr"])
 
 
-def changed_numbers(optimizer, before, now, log):
-    """Return and log the numbers of a group that have been edited in the code."""
+def changed_hyperparameters(optimizer, before, now, log):
+    """Return and log the hyperparameters of a group that have been edited in the code."""
     changed = {}
     for name in sorted(before.keys() & now.keys()):
         if not is_close(before[name], now[name]):

@@ -96,8 +96,8 @@ class StepGraphs:
         if captured.changes == 5:
             names = [name for name in found if captured.constants.get(name) != found[name]]
             self.warn(f"{captured.step.__name__} runs without a CUDA graph, because it would have "
-                      f"to be captured again at every step: {', '.join(names)} changes; use a "
-                      "tensor on the device for a number that changes",
+                      f"to be captured again at every step: changes of {', '.join(names)}; use "
+                      "a tensor on the device for a number that changes",
                       f"changes {captured.step.__name__}")
 
 
@@ -153,7 +153,7 @@ def first_error(error):
 
 
 def constants(leaves):
-    """Return all numbers that a graph of the step would hold as constants, by name.
+    """Return the Python values that become constants of a captured graph, by name.
 
     These are the `graph_key` of a network, the numbers in `param_groups` of optimizers and in
     `args`, and numbers that are arguments of the step.

@@ -98,9 +98,9 @@ def integer(low, high=2**31 - 1):
         try:
             value = int(text)
         except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            limit = f"at most {high}" if value > high else f"at least {low}"
+            value = None
+        if value is None or not low <= value <= high:
+            limit = f"at least {low}" if value is None or value < low else f"at most {high}"
             raise argparse.ArgumentTypeError(f"give an integer of {limit}, not {text!r}")
         return value
 
@@ -227,7 +227,7 @@ def check_common_flags(args):
     if args.learning_rate_min > args.learning_rate:
         raise UserError(
             f"--learning_rate_min {args.learning_rate_min:g} is larger than --learning_rate "
-            f"{args.learning_rate:g}"
+            f"{args.learning_rate:g}: give a smaller --learning_rate_min"
         )
     if args.resume:
         if args.save:

@@ -1,15 +1,19 @@
 """Run folders: create and resume them, log epochs, write files; and how a script ends.
 
-    runs/NAME/config.json       the flags of the run; starts.jsonl: command line of each start
+    runs/NAME/config.json       all flags
+              starts.jsonl      command line, commit and versions of each start
               log.txt           everything that was printed
-              metrics.jsonl     the numbers of each epoch, one JSON object per line
-              genotype.json     the genotype; genotypes.jsonl: that of each epoch of a search
+              metrics.jsonl     the metrics of each epoch, one JSON object per line
+              genotype.json     the genotype
+              genotypes.jsonl   the genotype of each epoch of a search
               checkpoint.pt     everything that is needed to resume
-              network.pt        a trained network
-              tensorboard/      events; scripts/: copies of the sources
+              network.pt        a trained network; network-best.pt: the best one of a training
+              tensorboard/      events
+              scripts/          copies of the sources
               lock              locked by the process that writes to the folder
 """
 
+import argparse
 import contextlib
 import datetime
 import fcntl
@@ -125,35 +129,35 @@ class Run:
 
     def __init__(self, kind, args):
         self.kind, self.args = kind, args
-        self.checkpoint, self.path, self.lock, self.board = None, None, None, None
+        self.checkpoint = self.path = self.lock = self.board = None
         self.pending, self.warned = [], set()  # lines logged before `begin`; keys of warnings
         if args.resume:
             self._load(args)
 
-    def _load(self, typed):
+    def _load(self, args):
         """Read the checkpoint of --resume, and merge the typed flags into those of its run."""
-        path = flags.checkpoint_path(typed.resume)
+        path = flags.checkpoint_path(args.resume)
         checkpoint = checkpoints.load_run(path, self.kind)
-        saved = {**vars(typed), **checkpoint["args"]}  # flags that the run lacks: their defaults
-        for name in typed.typed:
-            value = getattr(typed, name)
+        merged = {**vars(args), **checkpoint["args"]}  # flags that the run lacks: their defaults
+        for name in args.typed:
+            value = getattr(args, name)
             can_grow = name == "epochs"
             if name == "max_search_epochs":
                 can_grow = checkpoint["phase"] == "searching"
-            if name in RESUME_OVERRIDES or (can_grow and value > saved[name]):
-                saved[name] = value
-            elif saved.get(name) != value:
+            if name in RESUME_OVERRIDES or (can_grow and value > merged[name]):
+                merged[name] = value
+            elif merged.get(name) != value:
                 raise UserError(
-                    f"--{name} {value} contradicts the run in {typed.resume}, which has "
-                    f"{saved.get(name)}: leave it out, or start a new run"
+                    f"--{name} {value} contradicts the run in {args.resume}, which has "
+                    f"{merged.get(name)}: leave it out, or start a new run"
                 )
         # With another number of ranks, the batch of all ranks together stays the same.
-        total_batch = saved["batch_size"] * len(checkpoint["random"])
-        saved["batch_size"] = max(total_batch // distributed.world_size(), 2)
-        if "cuda_graphs" not in typed.typed and saved["cuda_graphs"]:
-            saved["cuda_graphs"] = None  # the new device may not be a CUDA device
-        saved.update(save=os.path.dirname(path) or ".", typed=typed.typed, resume=typed.resume)
-        self.checkpoint, self.args = checkpoint, type(typed)(**saved)
+        total_batch = merged["batch_size"] * len(checkpoint["random"])
+        merged["batch_size"] = max(total_batch // distributed.world_size(), 2)
+        if "cuda_graphs" not in args.typed and merged["cuda_graphs"]:
+            merged["cuda_graphs"] = None  # the new device may not be a CUDA device
+        merged.update(save=os.path.dirname(path) or ".", typed=args.typed, resume=args.resume)
+        self.checkpoint, self.args = checkpoint, argparse.Namespace(**merged)
 
     def begin(self, device, columns):
         """Create the folder, or drop what a resumed run wrote after its checkpoint.
@@ -165,6 +169,8 @@ class Run:
         if distributed.rank() == 0:
             path = self.args.save if self.checkpoint else self._make_folder()
             self.lock = lock_folder(path)
+            config = json.dumps(args_dict(self.args), indent=1)
+            write_file(os.path.join(path, "config.json"), config.encode())
         self.path, self.device = distributed.from_rank_zero(path), device
         Run.latest = self
         pending, self.pending = self.pending, []
@@ -187,22 +193,25 @@ class Run:
         self.log(table_row(self.columns, self.columns), wrap=False)
 
     def _make_folder(self):
-        while True:
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            path = self.args.save or os.path.join("runs", f"{self.kind}-{stamp}")
+        path = self.args.save
+        if path:
             is_empty = os.path.isdir(path) and not os.listdir(path)
             try:
                 with writing(path):
-                    os.makedirs(path, exist_ok=is_empty and path == self.args.save)
-                break
+                    os.makedirs(path, exist_ok=is_empty)
             except FileExistsError:
-                if self.args.save:
-                    raise UserError(f"--save {path} exists already and is not overwritten: give "
-                                    "another folder") from None
-                time.sleep(1)  # another run started in this second
-        config = json.dumps(args_dict(self.args), indent=1)
-        write_file(os.path.join(path, "config.json"), config.encode())
-        return path
+                raise UserError(f"--save {path} exists already and is not overwritten: give "
+                                "another folder") from None
+            return path
+        while True:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            path = os.path.join("runs", f"{self.kind}-{stamp}")
+            try:
+                with writing(path):
+                    os.makedirs(path)
+                return path
+            except FileExistsError:  # another run has started in this second
+                time.sleep(1)
 
     @rank_zero_only
     def _drop_rows_after(self, epoch):
@@ -243,7 +252,8 @@ class Run:
         if copies:
             last = copies[-1]
             changed = sorted(str(name) for name, source in sources.items()
-                             if (last / name).exists() and (last / name).read_bytes() != source)
+                             if not (last / name).exists()
+                             or (last / name).read_bytes() != source)
             if not changed:
                 return
             folder = Path(self.path, f"scripts-after-epoch-{self.checkpoint['epoch']}")
@@ -290,7 +300,7 @@ class Run:
 
     @rank_zero_only
     def print_pending(self):
-        """Print what was logged, in a script that does not begin the run."""
+        """Print the pending lines, if `begin` is not called: for `train.py --evaluate`."""
         print("\n".join(self.pending), flush=True)
 
     def resume_hint(self):
@@ -306,8 +316,8 @@ class Run:
     # --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def epoch(self, epoch, name, batches, epochs_left, may_take_longer=False, **numbers):
-        """Time an epoch, show its progress, and write its numbers to log, metrics and TensorBoard.
+    def epoch(self, epoch, name, batches, epochs_left, may_take_longer=False, **metrics):
+        """Time an epoch, show its progress, and write its metrics to all logs.
 
         Yields the row of the epoch, a dict of numbers, arrays and dicts, for the caller to fill.
 
@@ -317,18 +327,20 @@ class Run:
             The epochs of the run after this one.
         may_take_longer : bool
             Whether there may be more than that.
-        numbers
+        metrics
             First entries of the row.
         """
         start = time.monotonic()
         images = distributed.world_size() * batches.batch_size
         self.progress = Progress(f"epoch {name}", len(batches), images, self.args.report_freq,
                                  epochs_left, self.log)
-        row = {"epoch": epoch, **numbers}
+        row = {"epoch": epoch, **metrics}
         try:
             yield row
         except Diverged as error:
-            rates = "--learning_rate" + ", --arch_learning_rate" * (self.kind == "search")
+            rates = "--learning_rate"
+            if self.kind == "search":
+                rates += ", --arch_learning_rate"
             raise UserError(
                 f"epoch {name}: {error} at learning rate {row['learning_rate']:.4g}; try a smaller "
                 f"{rates} or --grad_clip in a new run; {self.resume_hint()}"
@@ -337,7 +349,9 @@ class Run:
             self.progress.bar.close()
         seconds = time.monotonic() - start
         row.update(to_builtin(row), seconds=seconds, peak_memory_gib=peak_memory(self.device))
-        left = ">" * may_take_longer + format_duration(seconds * epochs_left)
+        left = format_duration(seconds * epochs_left)
+        if may_take_longer:
+            left = f">{left}"
         shown = {**row, "name": name, "time": format_duration(seconds), "left": left}
         texts = [format_cell(text, shown) for text in self.columns.values()]
         self.log(table_row(texts, self.columns), wrap=False)
@@ -394,7 +408,7 @@ class Run:
         checkpoints.save(self.file(name), state)
 
     def describe(self, images):
-        """What one has to know about the training images of a network in order to use it."""
+        """Data set, class names, mean, standard deviation and image size of training images."""
         return dict(
             dataset=self.args.dataset, classes=images.classes, mean=[*images.mean],
             std=[*images.std], image_size=self.args.image_size,
@@ -426,7 +440,7 @@ class Run:
 
     @rank_zero_only
     def draw(self, draw_run):
-        """Draw the pictures of the run by a callable that takes its folder, and log their names."""
+        """Call `draw_run` with the folder, and log the names of the pictures that it returns."""
         with self._drawing("pictures"):
             names = [os.path.basename(path) for path in draw_run(self.path)]
             self.log(f"pictures in {self.path}: {', '.join(names)}")

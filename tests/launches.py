@@ -1,8 +1,8 @@
-"""What a step at its published size, and a recovery, ask of a CUDA device.
+"""Count launches and host synchronizations of a step at the published size, and of a recovery.
 
-Run as a script by a null GPU, without values: prints, of each kind, launches, host syncs, peak
-memory in GiB, and the operators that take a strided tensor in channels-last, as JSON. The tests
-take `prepare` and `take_epoch` from here.
+Run as a script by a null GPU without values, it prints as JSON for each kind: launches, host
+synchronizations, peak memory in GiB, and the operators that get a tensor that is not dense in
+channels-last.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import nullgpu
-except ImportError:  # there is one where this is run by a null GPU
+except ImportError:  # only a null GPU provides it
     nullgpu = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def prepare(kind, *flags):
-    """Flags of a script, and a network with the support of a published cell, on the CPU."""
+    """Return the flags of a script, and a network with the support of a published cell."""
     script, own_flags, genotype = KINDS[kind]
     args = script.get_args_parser().parse_args([*own_flags, *flags])
     shape = args.init_channels, 10, args.layers
@@ -51,7 +51,7 @@ def prepare(kind, *flags):
 
 
 def take_epoch(args, net, batches):
-    """An epoch of the loop that the flags are of, without graphs."""
+    """Run an epoch without CUDA graphs."""
     progress = SimpleNamespace(step=lambda meter: None)
     run = SimpleNamespace(args=args, progress=progress, warn=None)
     if isinstance(net, model.NetworkCIFAR):
@@ -64,10 +64,10 @@ def take_epoch(args, net, batches):
 
 
 class Recorded(list):
-    """Five batches alike; what the steps on the last two ask for is recorded."""
+    """Five equal batches; the step on the fourth is recorded, the fifth checks memory formats."""
 
     def __iter__(self):
-        yield from itertools.repeat(self[0], 3)  # the first steps allocate, and fill
+        yield from itertools.repeat(self[0], 3)  # the first steps create momenta and caches
         torch.cuda.reset_peak_memory_stats()
         with nullgpu.record() as self.record:
             yield self[0]
@@ -80,33 +80,33 @@ class Recorded(list):
 
 
 class Formats(TorchDispatchMode):
-    """Convolutions and BatchNorms that take a large tensor which is not dense in channels-last."""
+    """Record convolutions and BatchNorms that get a large tensor not dense in channels-last."""
 
     def __init__(self):
         super().__init__()
-        self.all, self.strided = 0, []
+        self.count, self.strided = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "convolution" in func.name() or "batch_norm" in func.name():
             large = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 4
                      and x.numel() > 100_000]
-            self.all += 1
+            self.count += 1
             if not all(x.is_contiguous(memory_format=torch.channels_last) for x in large):
                 self.strided.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
-def record(kind, amp, layout):
-    """Of a step: launches, host syncs, GiB, and where a strided tensor is taken."""
+def record_step(kind, amp, layout):
+    """Return launches, host synchronizations, GiB and operators with strided inputs of a step."""
     args, net = prepare(kind, *["--amp"] * amp)
     device = torch.device("cuda", 0)
-    with nullgpu.Shadow():  # codes are read from the device once
+    with nullgpu.Shadow():  # keeps values, because the codes are read from the device once
         net = net.to(device, memory_format=layout)
         net.graph_key()
     x = torch.zeros(args.batch_size, 3, 32, 32).to(device, memory_format=layout)
     batches = Recorded([(x, torch.zeros(len(x), dtype=torch.int64).to(device))])
     take_epoch(args, net, batches)
-    assert batches.formats.all > 500
+    assert batches.formats.count > 500
     return (len(batches.record.launches), len(batches.record.waits), batches.peak,
             batches.formats.strided)
 
@@ -117,21 +117,21 @@ def main():
     for kind, amp in itertools.product(KINDS, (False, True)):
         name = f"{kind}, bfloat16" if amp else kind
         layout = utils.memory_format(device, amp, two_stage=kind == "two-stage")
-        counts[name] = record(kind, amp, layout)
+        counts[name] = record_step(kind, amp, layout)
         if layout != torch.channels_last:
-            counts[f"{name}, channels-last"] = record(kind, amp, torch.channels_last)
+            counts[f"{name}, channels-last"] = record_step(kind, amp, torch.channels_last)
 
     with nullgpu.Shadow():  # a recovery depends on values
         for kind in ("two-stage", "one-stage"):
             args, net = prepare(kind, "--init_channels", "2", "--layers", "3")
             net.to(device)
             net.recover()
-            # The points have not moved since: in one-stage search all nodes freeze.
+            # b has not changed since, so all nodes freeze in one-stage search.
             limits = (args.freeze_tol, args.max_params) if args.one_stage else ()
-            with nullgpu.record() as asked:
+            with nullgpu.record() as record:
                 net.recover(args.solver, *limits)
-            syncs = [entry for entry in asked.waits if entry.name == "cudaStreamSynchronize"]
-            counts[f"recovery of {kind}"] = len(asked.launches), len(syncs), 0.0, []
+            syncs = [entry for entry in record.waits if entry.name == "cudaStreamSynchronize"]
+            counts[f"recovery of {kind}"] = len(record.launches), len(syncs), 0.0, []
     print(json.dumps(counts))
 
 

@@ -143,7 +143,7 @@ def test_too_few_images_for_a_batch(n, train, message):
         Batches(numbered(n), 4, train=train)
 
 
-def test_evaluation_is_in_order_and_only_normalised():
+def test_evaluation_is_in_order_and_only_normalized():
     images = make_images(10)
     x, y = (torch.cat(parts) for parts in zip(*Batches(images, 4, train=False), strict=True))
     assert torch.equal(x, data.normalize(images.images, MEAN, STD))
@@ -302,7 +302,7 @@ def quiet(line):
 
 
 def write_folder(root, files):
-    """``files``: path below root → PIL image, bytes, or a colour of an 8 x 8 PNG."""
+    """``files``: path below root → PIL image, bytes, or a color of an 8 x 8 PNG."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

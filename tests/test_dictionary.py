@@ -1,22 +1,17 @@
-"""experiments/dictionary.py: idealised searches, and what a recovery keeps."""
+"""experiments/dictionary.py: recoveries, and searches with a known merit of each pair."""
 
 import json
-import sys
 from itertools import combinations
-from pathlib import Path
 
+import dictionary
 import numpy as np
 import pytest
 import torch
+from dictionary import EPOCH, Setting
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ista
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments"))
-
-import dictionary
-from dictionary import EPOCH, Setting
 
 LOSSES = {
     "shares": lambda w, v: -(w**2 * v).sum() / (w**2).sum(),
@@ -26,7 +21,7 @@ LOSSES = {
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
-def test_a_recovery_in_an_orthonormal_dictionary_keeps_all(seed, first_rises):
+def test_a_recovery_in_an_orthonormal_dictionary_keeps_the_progress(seed, first_rises):
     rng = np.random.default_rng(seed)
     A, _ = np.linalg.qr(rng.standard_normal((7, 7)))
     b = A @ (rng.choice([-1, 1], 7) * rng.permutation([7, 6, 1, 1.1, 1.2, 1.3, 1.4]))
@@ -34,7 +29,7 @@ def test_a_recovery_in_an_orthonormal_dictionary_keeps_all(seed, first_rises):
     assert opposite == 0 and kept == pytest.approx(1, abs=1e-4) and not leaves
 
 
-def test_a_pair_that_falls_far_enough_leaves():
+def test_a_pair_leaves_when_another_code_entry_is_larger():
     for second, first_rises, left in ((2, True, True), (2.3, False, False)):
         b = np.array([3, second, 1.99])
         _, _, leaves, loser = dictionary.measure_recovery(Setting(), np.eye(3), b, first_rises)
@@ -44,15 +39,15 @@ def test_a_pair_that_falls_far_enough_leaves():
 
 
 @given(st.lists(st.integers(-3, 3), min_size=3, max_size=9))
-def test_the_percentile_of_a_random_choice_is_50(v):
-    every = np.array(list(combinations(range(len(v)), 2)))
-    found = dictionary.percentiles(np.array(v), every)
+def test_percentiles_of_all_choices_have_mean_50_and_the_order_of_the_sums(v):
+    choices = np.array(list(combinations(range(len(v)), 2)))
+    found = dictionary.percentiles(np.array(v), choices)
     assert found.mean() == pytest.approx(50)
-    sums = np.array(v)[every].sum(1)
+    sums = np.array(v)[choices].sum(1)
     assert (np.sign(found[:, None] - found) == np.sign(sums[:, None] - sums)).all()
 
 
-def test_the_percentile_of_random_cells_is_50_and_of_the_best_100():
+def test_the_mean_percentile_of_random_cells_is_50_and_that_of_the_best_100():
     rng = np.random.default_rng(0)
     merits = [rng.standard_normal(7 * (2 + k % 4)) for k in range(800)]
     chance = np.array([rng.choice(len(v), 2, replace=False) for v in merits])
@@ -63,7 +58,7 @@ def test_the_percentile_of_random_cells_is_50_and_of_the_best_100():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_search_without_noise_takes_the_steps_of_autograd_and_torch(loss):
+def test_a_search_without_noise_equals_one_with_torch_and_autograd(loss):
     rng = np.random.default_rng(1)
     A, start = rng.random((7, 14)), 1e-3 * rng.standard_normal((1, 7))
     v, epochs, every = rng.standard_normal(14), 3, 42
@@ -88,7 +83,7 @@ def test_a_search_without_noise_takes_the_steps_of_autograd_and_torch(loss):
     assert (np.diff(ran[:, 0]) >= 0).all() and len(lost) <= epochs * EPOCH // every
 
 
-def test_a_search_follows_its_gradient_in_an_orthonormal_dictionary_and_not_through_crosstalk():
+def test_a_search_finds_good_pairs_in_an_orthonormal_but_not_in_a_positive_dictionary():
     rng = np.random.default_rng(0)
     merits = [rng.standard_normal(14) for _ in range(100)]
     start = 1e-3 * rng.standard_normal((100, 14))
@@ -104,7 +99,7 @@ def test_a_search_follows_its_gradient_in_an_orthonormal_dictionary_and_not_thro
         assert (ran[-1].mean() > 0.5) == finds
 
 
-def test_the_script(tmp_path, capsys):
+def test_the_script_writes_tables_numbers_and_a_picture(tmp_path, capsys):
     parser = dictionary.get_args_parser()
     out, picture = tmp_path / "numbers.json", tmp_path / "dictionary.png"
     flags = ["--quick", "--nodes", "16", "--epochs", "2", "--out", str(out)]
@@ -119,4 +114,3 @@ def test_the_script(tmp_path, capsys):
     for wrong in (["--nodes", "20"], ["--tables", "keeps", "--picture", "x.png"], ["--out", "a/b"]):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(wrong)
-        assert capsys.readouterr().err.count("\n") == 1

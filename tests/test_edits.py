@@ -4,7 +4,6 @@ Edits of operations are made in this process and compared with the layers of tor
 are patches of a copy of the sources, which is then run.
 """
 
-import ast
 import copy
 import json
 import re
@@ -39,8 +38,8 @@ import search
 from genotypes import PRIMITIVES, Genotype
 from harness import checkpoints
 from model import NetworkCIFAR
-from model_search import MixedCell, MixedOp, Network
-from operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from model_search import MixedOp, Network
+from operations import DilConv, FactorizedReduce, SepConv
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------
@@ -89,16 +88,10 @@ def add_gains(patch):
 OPERATIONS = {
     "none": lambda patch: None,
     "SiLU": in_init(DilConv, replace(0, lambda _: nn.SiLU())),
-    "bias": in_init(ReLUConvBN, replace(1, lambda conv: layers.Conv2d(
-        conv.in_channels, conv.out_channels, 1))),
     "padding_mode": in_init(SepConv, set_attributes(1, padding_mode="reflect")),
-    "dilation": in_init(DilConv, lambda op: set_attributes(
-        1, dilation=(3, 3), padding=2 * (3 * (op.op[1].kernel_size[0] // 2),))(op)),
     "GroupNorm": in_init(DilConv, replace(3, lambda norm: nn.GroupNorm(2, norm.num_features))),
-    "momentum": in_init(DilConv, set_attributes(3, momentum=None)),
     "no statistics": in_init(DilConv, replace(3, lambda norm: layers.BatchNorm2d(
         norm.num_features, track_running_stats=False))),
-    "another layer": in_init(DilConv, lambda op: op.op.append(nn.AvgPool2d(3, 1, 1))),
     "primitive": add_primitive,
     "gains": add_gains,
     "hook": in_init(DilConv, lambda op: op.register_forward_hook(lambda op, x, y: 2 * y)),
@@ -109,8 +102,6 @@ OPERATIONS = {
     "fixed weights": in_init(SepConv, lambda op: op.requires_grad_(False)),
     "residual": in_forward(SepConv, lambda before, op, x: before(op, x) + x[:, :, :1, :1]),
     "first layers only": in_forward(SepConv, lambda before, op, x: op.op[:4](x)),
-    "training mode": in_forward(DilConv, lambda before, op, x: (
-        op.op(x) * (1.5 if op.training else 1))),
     "flip": in_forward(FactorizedReduce, lambda before, op, x: before(op, x.flip(3))),
     "MixedOp": in_forward(MixedOp, lambda before, mixed, x, op, w: (
         before(mixed, x, op, w.sigmoid()))),
@@ -201,18 +192,6 @@ def test_edits_of_a_network_that_has_run_have_an_effect(name, monkeypatch):
     assert torch.allclose(before, after) == (name == "none")
 
 
-def test_all_hooks_added_later_fire():
-    net, fired = supernet(), []
-    net(torch.randn(2, 3, 12, 12))
-    for layer in find(net, (SepConv, nn.Conv2d, nn.ReLU, nn.BatchNorm2d)):
-        layer.register_forward_hook(lambda layer, x, y: fired.append(layer))
-    net(torch.randn(2, 3, 12, 12))
-    with layers.plain():
-        expected, fired[:] = [*fired], []
-        net(torch.randn(2, 3, 12, 12))
-    assert fired == expected and len(fired) > 50
-
-
 def with_residual(op, x, pair_weight=None):
     stride = op.op[1].stride[0]
     return layers.weighted(op.op, x, pair_weight) + x[:, :, ::stride, ::stride]
@@ -226,12 +205,7 @@ def with_residual(op, x, pair_weight=None):
     (True, OPERATIONS["GroupNorm"], "dil_conv_3x3 at stride 1: .* needs a BatchNorm at the end"),
     (False, in_init(DilConv, replace(0, lambda _: nn.ReLU(inplace=True))),
      "dil_conv_3x3 at stride 1: the operation writes into its input"),
-    (False, in_init(SepConv, set_attributes(1, stride=(1, 1))),
-     "sep_conv_3x3 at stride 2: an input of shape"),
     (True, OPERATIONS["MixedOp"], "an edit of MixedOp, MixedCell or Network"),
-    (True, in_forward(MixedCell, lambda before, cell, s0, s1, keep, support, weights: before(
-        cell, s0, s1, keep, support, [torch.stack(w).softmax(0).unbind() for w in weights])),
-     "an edit of MixedOp, MixedCell or Network"),
 ])
 def test_edits_that_a_search_cannot_compute_are_refused(one_stage, edit, reason, monkeypatch):
     edit(monkeypatch)
@@ -310,10 +284,9 @@ class Edit(NamedTuple):
 
 def optimizer_of_search(name):
     def effect(run):
-        rate = 0.002 * 1.01 / 2  # cosine, from 0.1 to 0.001
-        assert [row["learning_rate"] for row in run.rows] == pytest.approx([0.002, rate])
-        optimizer = run.last["weight_optimizer"]
-        return optimizer["state"] and optimizer["param_groups"][0]["lr"] == pytest.approx(rate)
+        rates = [0.002, 0.002 * 1.01 / 2]  # cosine, from 0.1 to 0.001
+        assert [row["learning_rate"] for row in run.rows] == pytest.approx(rates)
+        return run.last["weight_optimizer"]["param_groups"][0]["lr"] == pytest.approx(rates[1])
 
     return Edit(f"""
 @@ search.py
@@ -326,7 +299,7 @@ def optimizer_of_training(name):
     def effect(run):
         first, second = run.last["optimizer"]["param_groups"]
         assert [first["lr"], second["lr"]] == pytest.approx([0.001, 0.002])
-        return run.last["optimizer"]["state"] and second["eps"] == 1e-7
+        return second["eps"] == 1e-7
 
     return Edit(f"""
 @@ train.py
@@ -449,12 +422,6 @@ BLACK = Edit("""
 """, lambda run: torch.equal(  # black images give no gradient
     run.before["weights"]["stem.0.weight"], run.weights["stem.0.weight"]), ("--erase", 1))
 
-STEM = Edit("""
-@@ model.py
--                Conv2d(3, 3 * C, 3, padding=1, bias=False), BatchNorm2d(3 * C)
-+                nn.Conv2d(3, 2 * C, 3, padding=1), nn.PReLU(), nn.Conv2d(2 * C, 3 * C, 1)
-""", lambda run: run.weights["stem.2.weight"].shape == (6, 4, 1, 1))
-
 SIGNS = Edit("""
 @@ model_search.py
  DICTIONARIES = {"uniform": uniform, "normal": normal}
@@ -465,10 +432,11 @@ SIGNS = Edit("""
 
 
 def has_last_pairs(run):
-    return all(
-        run.weights[f"{code}.S"][j].tolist() == run.weights[f"{code}.z{j}"].nonzero()[-2:, 0].tolist()
-        for code in ("normal_code", "reduce_code") for j in range(4)
-    )
+    for code in ("normal_code", "reduce_code"):
+        for j, chosen in enumerate(run.weights[f"{code}.S"]):
+            nonzero = run.weights[f"{code}.z{j}"].nonzero().flatten()
+            assert torch.equal(chosen, nonzero[-2:])
+    return True
 
 
 RULE = Edit("""
@@ -483,8 +451,8 @@ RULE = Edit("""
     pytest.param(TWO_STAGE, [optimizer_of_search("RMSprop"), TERM, SIGNS, RULE],
                  id="RMSprop, term, dictionary, rule"),
     pytest.param(TRAIN, [optimizer_of_training("AdamW"), AVERAGE, LOSS], id="AdamW, average, loss"),
-    pytest.param(TRAIN, [optimizer_of_training("RMSprop"), BLACK], id="RMSprop, augmentation"),
-    pytest.param(TRAIN, [STEM, MIXUP], id="stem, mixup"),
+    pytest.param(TRAIN, [optimizer_of_training("RMSprop"), BLACK, MIXUP],
+                 id="RMSprop, augmentation, mixup"),
 ])
 def test_edited_runs_show_the_effect_and_resume(command, edits, tmp_path):
     script, *flags = command
@@ -498,40 +466,6 @@ def test_edited_runs_show_the_effect_and_resume(command, edits, tmp_path):
 # Edits of runs with CUDA graphs
 # ------------------------------------------------------------------------------------------------
 
-DROPOUT = Edit("""
-@@ operations.py
--from torch import nn
-+import torch
-+import torch.nn.functional as F
-+from torch import nn
-@@ operations.py
--class SepConv(nn.Module):
-+RATE = 0.0
-+
-+
-+class SepConv(nn.Module):
-@@ operations.py
-             Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
-             Conv2d(C, C, 1, bias=False),
-             BatchNorm2d(C, affine=affine),
-         )
-+        self.register_buffer("rate", torch.zeros(()), persistent=False)
- 
-     def forward(self, x, pair_weight=None):
-+        self.rate.fill_(RATE)
-+        x = F.dropout(x, RATE, self.training)
-@@ train.py
- import model
-+import operations
- import utils
-@@ train.py
-         epoch += 1
-+        operations.RATE = 0.25 * (epoch - 1)
-@@ train.py
-             row["best_accuracy"] = best
-+            row["rate"] = next(m.rate for m in net.modules() if hasattr(m, "rate"))
-""", lambda run: [row["rate"] for row in run.rows] == [0, 0.25])
-
 SMOOTHING = Edit("""
 @@ train.py
          epoch += 1
@@ -539,30 +473,11 @@ SMOOTHING = Edit("""
 """, lambda run: run.last["args"]["label_smoothing"] == 0.3)
 
 
-def has_all_losses(run):
-    for row in run.rows:
-        assert len({*row["losses"]}) == len(row["losses"])
-        assert sum(row["losses"]) / len(row["losses"]) == pytest.approx(row["train_loss"], 0.01)
-    return True
-
-
-LOSSES = Edit("""
-@@ train.py
-     meter = utils.Meter(next(net.parameters()).device)
-+    losses = []
-@@ train.py
-         loss, logits = graphs.run(train_step, net, x, y, optimizer, run.args)
-+        losses.append(loss)
-@@ train.py
--    return utils.name_metrics(meter.read(), "train")
-+    return utils.name_metrics(meter.read(), "train") | {"losses": torch.stack(losses)}
-""", has_all_losses)
-
 SCHEDULER = Edit("""
 @@ train.py
 -        utils.set_learning_rate(optimizer, factor)
 @@ train.py
-     checkpoints.record_built_numbers(optimizer)
+     checkpoints.record_hyperparameters(optimizer)
 +    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 @@ train.py
          checkpoints.load_optimizer(optimizer, checkpoint["optimizer"], run.log)
@@ -571,7 +486,7 @@ SCHEDULER = Edit("""
              row["best_accuracy"] = best
 +            row["rate"] = float(optimizer.param_groups[0]["lr"])
 @@ train.py
-         about = dict(run.describe(train), epoch=epoch, test_accuracy=row["test_accuracy"])
+         about = describe_network(run, train, row)
 +        scheduler.step()
 @@ train.py
          run.save_checkpoint(
@@ -599,25 +514,9 @@ UNROLLED = Edit("""
 +    arch_optimizer.zero_grad()
 +    loss.backward(inputs=net.arch_parameters())
 @@ search.py
--            arch_step, supernet, x_arch, y_arch, weight_optimizer, arch_optimizer, args
-+            arch_step, supernet, x_arch, y_arch, x, y, weight_optimizer, arch_optimizer, args
+-            arch_step, module, x_arch, y_arch, weight_optimizer, arch_optimizer, args
++            arch_step, module, x_arch, y_arch, x, y, weight_optimizer, arch_optimizer, args
 """, lambda run: True, ("--train_portion", 0.7))
-
-AVERAGED_SUPERNET = Edit("""
-@@ search.py
-     run.begin(device, columns(args, eval_name))
-+    average = torch.optim.swa_utils.AveragedModel(net)
-+    if checkpoint:
-+        average.load_state_dict(checkpoint["average"])
-@@ search.py
-             row["changed"] = len(genotypes.changed_pairs(before, net.genotype()))
-+            average.update_parameters(net)
-+            row["average_loss"], _ = utils.evaluate(average.module, eval_batches)
-+            row["is_same"] = average.module.genotype() == net.genotype()
-@@ search.py
-         run.save_checkpoint(
-+            average=average.state_dict(),
-""", lambda run: all(row["is_same"] for row in run.rows))
 
 CAPTURES = """
 @@ harness/cuda_graphs.py
@@ -629,11 +528,9 @@ NULL_GPU = pytest.param(GPU, id="null GPU", marks=[pytest.mark.cuda, needs_null_
 
 @pytest.mark.parametrize("launcher", [pytest.param((), id="CPU"), NULL_GPU])
 @pytest.mark.parametrize(("command", "edits"), [
-    pytest.param([*TRAIN, "--drop_path_prob", 0], [DROPOUT], id="dropout"),
-    pytest.param([*TRAIN, "--drop_path_prob", 0], [SMOOTHING, LOSSES, SCHEDULER],
-                 id="smoothing, losses, scheduler"),
-    pytest.param(TWO_STAGE, [AVERAGED_SUPERNET, UNROLLED, SELDOM],
-                 id="average, unrolled gradient, recovery times"),
+    pytest.param([*TRAIN, "--drop_path_prob", 0], [SMOOTHING, SCHEDULER],
+                 id="label smoothing, scheduler"),
+    pytest.param(TWO_STAGE, [UNROLLED, SELDOM], id="unrolled gradient, recovery times"),
 ])
 def test_edited_runs_show_the_effect_with_graphs(command, edits, launcher, tmp_path):
     script, *flags = [*command, "--batch_size", 160, *(f for edit in edits for f in edit.flags)]
@@ -648,8 +545,7 @@ def test_edited_runs_show_the_effect_with_graphs(command, edits, launcher, tmp_p
     assert "captured" not in run.log
     finish(sources / script, "--epochs", 2, *flags, "--no-cuda_graphs", "--save", "eager",
            cwd=tmp_path, launcher=launcher)
-    if edits != [DROPOUT]:  # in a graph the null GPU draws other random numbers
-        assert rows(tmp_path / "eager/metrics.jsonl") == run.rows
+    assert rows(tmp_path / "eager/metrics.jsonl") == run.rows
 
 
 EACH_STEP = """
@@ -666,11 +562,10 @@ LOSS_OF_STEP = """
 
 
 @pytest.mark.parametrize("patch, captures, same, line", [
-    pytest.param(EACH_STEP.format('optimizer.param_groups[0]["lr"] *= 0.9'), 2, True, None,
-                 id="a rate of each step"),
     pytest.param(EACH_STEP.format('optimizer.param_groups[0]["momentum"] *= 0.9'), 0, True,
                  "momentum of group 0 of SGD changes", id="a momentum of each step"),
-    pytest.param(LOSS_OF_STEP.format("loss * random.random()"), 2, False, None, id="a constant"),
+    pytest.param(LOSS_OF_STEP.format("loss * random.random()"), 2, False, None,
+                 id="a random number"),
     pytest.param(LOSS_OF_STEP.format("loss * (loss.item() < 100)"), 2, True,
                  "train_step cannot be captured", id="a host synchronization"),
     pytest.param("""
@@ -687,8 +582,7 @@ LOSS_OF_STEP = """
 ])
 @pytest.mark.cuda
 @needs_null_gpu
-def test_edited_steps_are_captured_or_run_eagerly_with_a_warning(patch, captures, same, line, tmp_path):
-    """Count the captures, and compare the metrics with those of a run without graphs."""
+def test_edited_steps_are_captured_or_run_eagerly(patch, captures, same, line, tmp_path):
     sources = edited(tmp_path, patch, CAPTURES)
     flags = [*TRAIN[1:], "--no-auxiliary", "--batch_size", 160, "--epochs", 2,
              "--drop_path_prob", 0]
@@ -706,7 +600,6 @@ def test_edited_steps_are_captured_or_run_eagerly_with_a_warning(patch, captures
 def test_edited_optimizer_numbers_replace_those_of_the_checkpoint(tmp_path):
     script, *flags = TWO_STAGE
     finish(ROOT / script, *flags, "--epochs", 1, "--save", "run", cwd=tmp_path)
-    first = saved(tmp_path / "run/checkpoint.pt")
     sources = edited(tmp_path, """
 @@ utils.py
 -        parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
@@ -716,16 +609,14 @@ def test_edited_optimizer_numbers_replace_those_of_the_checkpoint(tmp_path):
 +        net.arch_parameters(), args.arch_learning_rate, betas=(0.9, 0.999), eps=1e-6,
 """)
     resumed = finish(sources / script, "--resume", "run", "--epochs", 2, cwd=tmp_path).stdout
-    lines = [line for line in resumed.splitlines() if "because the code has changed" in line]
-    assert [line.split(" instead of")[0] for line in lines] == [
-        "SGD: lr is now 0.05", "SGD: momentum is now 0.8", "Adam: betas is now (0.9, 0.999)",
-        "Adam: eps is now 1e-06",
-    ]
+    for change in ("SGD: lr is now 0.05", "SGD: momentum is now 0.8",
+                   "Adam: betas is now (0.9, 0.999)", "Adam: eps is now 1e-06"):
+        assert resumed.count(change) == 1
+    assert resumed.count("because the code has changed") == 4
     last = saved(tmp_path / "run/checkpoint.pt")
     sgd, adam = (last[name]["param_groups"][0] for name in ("weight_optimizer", "arch_optimizer"))
     assert sgd["momentum"] == 0.8 and adam["betas"] == (0.9, 0.999) and adam["eps"] == 1e-6
     assert sgd["initial_lr"] == 0.05 and sgd["lr"] == pytest.approx(0.05 * 1.01 / 2)
-    assert sgd["weight_decay"] == first["weight_optimizer"]["param_groups"][0]["weight_decay"]
     again = finish(sources / script, "--resume", "run", "--epochs", 3, cwd=tmp_path).stdout
     assert "because the code has changed" not in again
 
@@ -735,35 +626,26 @@ def test_edited_optimizer_numbers_replace_those_of_the_checkpoint(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("nodes", "first", "count"), [
-    (3, "", 5), (5, '+    "avg_pool_3x3",\n+    "max_pool_3x3",\n', 7),
-], ids=["3 and shorter", "5 and reordered"])
-def test_other_nodes_and_primitives(nodes, first, count, tmp_path):
-    sources = edited(tmp_path, f"""
+def test_other_nodes_and_primitives(tmp_path):
+    sources = edited(tmp_path, """
 @@ genotypes.py
  PRIMITIVES = [
 -    "max_pool_3x3",
 -    "avg_pool_3x3",
-{first}@@ genotypes.py
+@@ genotypes.py
 -NODES = 4  # intermediate nodes of a cell; nodes 0 and 1 are its inputs
-+NODES = {nodes}
++NODES = 5
 """)
-    run = Run(sources, *TWO_STAGE, pictures=nodes == 5)
-    assert run.weights[f"normal_code.z{nodes - 1}"].shape == (count * (nodes + 1),)
-    assert f"normal_code.z{nodes}" not in run.weights and "could be drawn" not in run.log
-    assert (run.folder / "cells.png").exists() == (nodes == 5)
+    run = Run(sources, *TWO_STAGE, pictures=True)
+    assert run.weights["normal_code.z4"].shape == (5 * 6,)
+    assert "could be drawn" not in run.log and (run.folder / "cells.png").exists()
     genotype = json.loads((run.folder / "genotype.json").read_text())
-    assert len(genotype["normal"]) == 2 * nodes
-    assert nodes == 5 or not any("pool" in name for name, _ in genotype["normal"])
+    assert len(genotype["normal"]) == 10
+    assert not any("pool" in name for name, _ in genotype["normal"])
     finish(sources / "train.py", *TRAIN[1:], "--arch", "run", "--epochs", 1, "--save", "trained",
            cwd=tmp_path)
-    trained = saved(tmp_path / "trained/checkpoint.pt")
-    names = [key for key in trained["weights"] if "running_" not in key and "num_" not in key]
-    momenta = trained["optimizer"]["state"]
-    idle = [name for k, name in enumerate(names) if not momenta[k]["momentum_buffer"].any()]
-    assert not any("._ops." in name for name in idle)  # all pairs have run
     refused = finish(ROOT / "search.py", "--resume", "run", cwd=tmp_path, status=2)
-    assert "other operations" in refused.stderr and refused.stderr.count("\n") == 1
+    assert "other operations" in refused.stderr
 
 
 def test_a_data_set_can_be_added(tmp_path):
@@ -797,8 +679,6 @@ def test_a_failing_picture_does_not_end_the_run(tmp_path):
     script, *flags = TWO_STAGE
     done = finish(sources / script, *flags, "--epochs", 2, cwd=tmp_path, pictures=True)
     assert done.stdout.count("no pictures could be drawn (ZeroDivisionError") == 1
-    # TensorBoard gets the cells too, but only after an epoch that has changed them.
-    assert done.stdout.count("no cells could be drawn (ZeroDivisionError") <= 1
     assert "python train.py --arch" in done.stdout and not done.stderr
 
 
@@ -822,6 +702,7 @@ def test_device_options_of_an_optimizer_are_not_loaded():
 
 
 def test_edited_operations_have_the_same_accuracy_in_all_uses(tmp_path):
+    """Compare training, `--evaluate` and ONNX."""
     sources = edited(tmp_path, """
 @@ genotypes.py
      "dil_conv_5x5",
@@ -839,44 +720,24 @@ def test_edited_operations_have_the_same_accuracy_in_all_uses(tmp_path):
 +            Conv2d(C, C, 1),
 +            nn.GroupNorm(1, C),
 @@ operations.py
--            ReLU(),
-+            nn.GELU(),
-             Conv2d(C, C, kernel_size, 1, padding, groups=C, bias=False),
-@@ operations.py
 -        even, odd = diagonals(self.relu(x))                           # (B, C_in, H/2, W/2)
 +        even, odd = diagonals(self.relu(x).sigmoid())
-@@ model_search.py
--        return weighted(self._ops[op], x, w)
-+        return w.sigmoid() * self._ops[op](x)
 """)
-    finish(sources / "search.py", *TWO_STAGE[1:], "--epochs", 1, cwd=tmp_path)
     normal = 4 * [("sep_conv_7x7", 0), ("dil_conv_3x3", 1)]
     reduce = 4 * [("skip_connect", 0), ("sep_conv_5x5", 1)]
     arch = str(Genotype(normal, [2, 3, 4, 5], reduce, [2, 3, 4, 5]))
     finish(sources / "train.py", *TRAIN[1:], "--arch", arch, "--batch_size", 120, "--epochs", 1,
            "--save", "run", cwd=tmp_path)
     (row,) = rows(tmp_path / "run/metrics.jsonl")
-    loss, accuracy = row["test_loss"], row["test_accuracy"]
     done = finish(sources / "train.py", "--evaluate", "--weights", "run/network.pt", cwd=tmp_path)
     (numbers,) = re.findall(r"test accuracy (\S+) %.*, loss (\S+),", done.stdout)
-    # Rounding depends on the batch size and the library. It may decide the class of an image.
-    same_loss, same_accuracy = pytest.approx(loss, abs=1e-3), pytest.approx(accuracy, abs=0.5)
-    assert [*map(float, numbers)] == [same_accuracy, same_loss]
-    (sources / "loaded.py").write_text("""
-import data, model, torch, utils
-net, about = model.load("run/network.pt")
-_, test = data.load("digits", "", 8)
-print(utils.evaluate(net, test.batches(200, train=False)))
-x = data.normalize(test.images, about["mean"], about["std"])
-torch.save(net(x)[0].detach(), "logits.pt")
-""")
-    done = finish(sources / "loaded.py", cwd=tmp_path)
-    assert [*ast.literal_eval(done.stdout)] == [same_loss, same_accuracy]
+    # Rounding depends on the batch size and the library. It may change the class of an image.
+    same_accuracy = pytest.approx(row["test_accuracy"], abs=0.5)
+    assert [*map(float, numbers)] == [same_accuracy, pytest.approx(row["test_loss"], abs=1e-3)]
 
     export = sources / "tools/export.py"
     finish(export, "--weights", "run/network.pt", cwd=tmp_path, pictures=True)
     session = onnxruntime.InferenceSession(tmp_path / "run/network.onnx")
     _, test = data.load("digits", "", 8)
     logits = torch.tensor(session.run(None, {"images": test.images.numpy()})[0])
-    torch.testing.assert_close(logits, saved(tmp_path / "logits.pt"), rtol=1e-4, atol=1e-4)
     assert 100 * (logits.argmax(1) == test.labels).double().mean().item() == same_accuracy

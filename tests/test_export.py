@@ -63,7 +63,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """Five handwritten digits in colour, uint8, (5, 3, 8, 8)."""
+    """Five handwritten digits in color, uint8, (5, 3, 8, 8)."""
     grey = load_digits().images[:5, None] * (255 / 16)
     return (grey * np.reshape([1, 0.7, 0.4], (3, 1, 1))).astype(np.uint8)
 

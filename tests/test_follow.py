@@ -1,20 +1,16 @@
-"""experiments/follow.py: supernets, walks and searches, stopped and gone on with."""
+"""experiments/follow.py: supernets, walks, searches and directions, and their resumption."""
 
 import json
-import sys
 
+import follow
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, run
+from scripts import run
 
 import genotypes
 import search
 from utils import UserError
-
-sys.path.append(str(ROOT / "experiments"))
-
-import follow
 
 follow.EPOCH = 20  # steps between two recoveries of a walk
 SIZES = "--init_channels 2 --layers 3 --batch_size 240 --epochs 2"
@@ -33,7 +29,7 @@ def call(folder, *more):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a trained supernet."""
+    """Folder of a trained supernet."""
     folder = tmp_path_factory.mktemp("follow")
     call(folder, "train")
     return folder
@@ -45,7 +41,7 @@ def supernet(folder, condition="uniform"):
     return one
 
 
-def test_a_cell_that_runs_alone_is_its_genotype_with_weights_of_1(trained):
+def test_run_only_runs_the_genotype_with_weights_1(trained):
     one, cell = supernet(trained), genotypes.draw(0, distinct_edges=True)
     one.run_only(cell)
     assert one.net.genotype() == cell
@@ -53,9 +49,7 @@ def test_a_cell_that_runs_alone_is_its_genotype_with_weights_of_1(trained):
     assert one.measure(cell) == one.measure(cell) != one.measure(genotypes.draw(1, True))
 
 
-def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(
-    trained, tmp_path, monkeypatch
-):
+def test_an_interrupted_training_resumes(trained, tmp_path, monkeypatch):
     step, calls = search.weight_step, []
 
     def interrupted(*args):
@@ -73,48 +67,46 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
-@pytest.mark.parametrize("condition, weight_decay, each", [
-    ("uniform", 1e-3, 20), ("normal", 1e-3, 20), ("rate ∝ |b|", 1e-3, 20),
-    ("decay of b", 0.1, 20), ("b scaled back", 1e-3, 20), ("recovery each 10", 1e-3, 10),
+@pytest.mark.parametrize("condition, weight_decay, every", [
+    ("normal", 1e-3, 20), ("rate ∝ |b|", 1e-3, 20), ("decay of b", 0.1, 20),
+    ("b scaled back", 1e-3, 20), ("recovery each 10", 1e-3, 10),
 ])
-def test_in_a_walk_b_alone_moves_as_its_condition_says(
-    trained, monkeypatch, condition, weight_decay, each
+def test_a_walk_updates_only_b_under_its_condition(
+    trained, monkeypatch, condition, weight_decay, every
 ):
     one = supernet(trained, condition)
-    net, seen = one.net, []
+    net, norms_at_steps, norms_at_recoveries, recovery_steps = one.net, [], [], []
     weights = [p.clone() for p in net.weight_parameters()]
     step, recover = search.arch_step, net.recover
 
-    def norms():
-        return [b.detach().norm().item() for b in net.arch_parameters()]
-
     def arch_step(*args):
-        adam = args[4]
+        adam, norms = args[4], follow.norms(net)
         assert {group["weight_decay"] for group in adam.param_groups} == {weight_decay}
-        share = np.array(norms()) / 0.1 if condition == "rate ∝ |b|" else np.ones(8)
-        np.testing.assert_allclose([g["lr"] for g in adam.param_groups], 4 * 6e-4 * share)
-        seen.append(norms())
+        factors = np.array(norms) / 0.1 if condition == "rate ∝ |b|" else np.ones(8)
+        np.testing.assert_allclose([g["lr"] for g in adam.param_groups], 4 * 6e-4 * factors)
+        norms_at_steps.append(norms)
         return step(*args)
 
-    def recovered(solver):
-        recoveries.append((len(seen), norms()))
+    def recorded_recover(solver):
+        recovery_steps.append(len(norms_at_steps))
+        norms_at_recoveries.append(follow.norms(net))
         return recover(solver)
 
-    recoveries = []
     monkeypatch.setattr(search, "arch_step", arch_step)
-    monkeypatch.setattr(net, "recover", recovered)
+    monkeypatch.setattr(net, "recover", recorded_recover)
     row = one.walk(condition, 40)
-    assert [k for k, _ in recoveries] == [*range(each, 41, each)]
+    assert recovery_steps == [*range(every, 41, every)]
     assert all(map(torch.equal, weights, net.weight_parameters()))
-    assert seen[0] != seen[1] and 100 * 16 / 196 <= row["ran"] <= 100
-    for _, found in recoveries:
-        assert np.allclose(found, seen[0], rtol=1e-5) == (condition == "b scaled back")
+    first = norms_at_steps[0]
+    assert first != norms_at_steps[1] and 100 * 16 / 196 <= row["ran"] <= 100
+    for norms in norms_at_recoveries:
+        assert np.allclose(norms, first, rtol=1e-5) == (condition == "b scaled back")
     columns = torch.cat([A.norm(dim=0) for code in net.codes for A in code.A])
     assert torch.allclose(columns, torch.ones_like(columns)) == (condition == "normal")
     assert genotypes.from_lists(row["genotypes"][1]) == net.genotype()
 
 
-def test_a_loser_is_the_one_of_a_node_whose_weight_rose_less():
+def test_a_loser_is_a_replaced_pair_whose_weight_rose_less():
     nodes = [[(0, 1), (1, 2)], [(0, 3), (2, 4)], [(0, 0), (1, 0)], [(0, 5), (1, 5)]]
     after = [[(0, 1), (1, 6)], [(0, 3), (1, 6)], [(0, 1), (1, 2)], [(0, 5), (1, 5)]]
     rise = np.array([[0.2, 0.1], [-0.2, -0.1], [1, 2], [1, 2]])
@@ -122,9 +114,7 @@ def test_a_loser_is_the_one_of_a_node_whose_weight_rose_less():
 
 
 @pytest.mark.crash
-def test_what_is_done_is_not_done_again_and_the_summary_tells_it(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_finished_items_are_skipped_and_summarized(trained, tmp_path, monkeypatch, capsys):
     commands = []
 
     def finish(script, folder, flags, args):
@@ -150,6 +140,20 @@ def test_what_is_done_is_not_done_again_and_the_summary_tells_it(
     assert f"{rows[2]['accuracy'] - rows[1]['accuracy']:.2f}\n" in text.splitlines(True)[-1]
 
 
-def test_an_estimate_has_the_interval_of_student():
+def test_directions_of_each_condition_and_seed(tmp_path, monkeypatch, capsys):
+    measure = follow.Supernet.directions
+    monkeypatch.setattr(follow.Supernet, "directions", lambda one, epochs: measure(one, 1))
+    call(tmp_path, "directions")
+    capsys.readouterr()
+    rows = call(tmp_path, "directions", "--seeds", "2")
+    assert capsys.readouterr().out.count("directions") == len(follow.DIRECTIONS)
+    assert {(row["condition"], row["seed"]) for row in rows} == {
+        (name, seed) for name in ("uniform", "centred", "normal") for seed in (2, 3)}
+    assert len(rows) == 6
+    for row in rows:
+        assert all(0 <= row[name] <= 1 for name in ("gradient", "point", "both"))
+
+
+def test_an_estimate_has_the_interval_of_students_t():
     assert follow.estimate([1, 2, 3, 4]) == "2.50 ± 0.65 [0.45 to 4.55]"  # t is 3.182
     assert follow.estimate([3]) == "3.00" and follow.estimate([]) == "–"

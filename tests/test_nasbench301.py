@@ -1,7 +1,7 @@
-"""experiments/nasbench301.py: how cells are put to the surrogate, and what is said of them.
+"""experiments/nasbench301.py: the encoding of genotypes, and the script with another model.
 
-The model is not part of the project. Where the environment variable NASBENCH301 names a folder with
-nb301-surrogate.onnx and encoding.json, the published cells are scored too.
+The surrogate is not part of the project. If the environment variable NASBENCH301 names a folder
+with nb301-surrogate.onnx and encoding.json, the published cells are scored too.
 """
 
 import json
@@ -9,17 +9,13 @@ import os
 import sys
 from pathlib import Path
 
+import nasbench301
 import numpy as np
 import pytest
-from scripts import ROOT
 
 import genotypes
 from genotypes import PRIMITIVES, Genotype
 from utils import UserError
-
-sys.path.append(str(ROOT / "experiments"))
-
-import nasbench301
 
 SPLIT = Genotype(
     normal=[("max_pool_3x3", 0), ("sep_conv_5x5", 1), ("skip_connect", 2), ("dil_conv_3x3", 0)] +
@@ -30,8 +26,8 @@ SPLIT = Genotype(
 )
 
 
-def test_a_genotype_in_the_terms_of_the_benchmark():
-    # Edges 0 1 lead to node 2, 2 3 4 to node 3, 5 to 8 to node 4, 9 to 13 to node 5.
+def test_describe_uses_the_names_of_the_benchmark():
+    # Edges 0 and 1 lead to node 2, 2 to 4 to node 3, 5 to 8 to node 4, and 9 to 13 to node 5.
     assert nasbench301.describe(SPLIT) == {
         "edge_normal_0": "max_pool_3x3", "edge_normal_1": "sep_conv_5x5",
         "edge_normal_2": "dil_conv_3x3", "edge_normal_4": "skip_connect",
@@ -43,37 +39,29 @@ def test_a_genotype_in_the_terms_of_the_benchmark():
     }
 
 
-def test_columns_are_in_the_order_of_the_model():
-    assert len(nasbench301.COLUMNS) == 34
-    assert nasbench301.COLUMNS[12:16] == [
-        "edge_normal_12", "edge_normal_13", "edge_reduce_0", "edge_reduce_1"]
-    assert nasbench301.COLUMNS[28:] == [
-        f"inputs_node_{cell}_{node}" for cell in ("normal", "reduce") for node in (3, 4, 5)]
-
-
 @pytest.mark.parametrize("genotype, why", [
     (SPLIT._replace(reduce=[("skip_connect", 0)] * 8), "two pairs on one edge"),
     (SPLIT._replace(normal=[("skip_connect", 0)] * 4, reduce=[("skip_connect", 0)] * 4),
      "1 pairs a node"),
     (SPLIT._replace(reduce_concat=[3, 4, 5]), "not all nodes"),
 ])
-def test_what_is_not_scorable_is_said(genotype, why):
+def test_genotypes_outside_of_the_benchmark_are_refused(genotype, why):
     with pytest.raises(UserError, match=why):
         nasbench301.describe(genotype)
 
 
-def test_the_percentile_counts_equal_ones_by_half():
+def test_ties_count_half_in_a_percentile():
     assert nasbench301.percentile(3.0, [1, 2, 3, 4]) == 62.5
     assert nasbench301.percentile(0.0, [1, 2]) == 0 and nasbench301.percentile(9.0, [1, 2]) == 100
 
 
 # ------------------------------------------------------------------------------------------------
-# The script, with another model in place of the surrogate
+# The script with another model
 # ------------------------------------------------------------------------------------------------
 
 
 class Convolutions(nasbench301.Surrogate):
-    """The accuracy of a cell is 90 % plus its separable convolutions of 3×3."""
+    """A model whose accuracy is 90 % plus the number of sep_conv_3x3 in the cells."""
 
     def __init__(self, model, encoding):
         self.random = np.array([90.0, 91.0, 92.0, 93.0])
@@ -94,14 +82,14 @@ def call(*flags):
     nasbench301.main(nasbench301.get_args_parser().parse_args([*files, *flags]))
 
 
-def test_runs_are_scored_epoch_by_epoch(tmp_path, monkeypatch, capsys):
+def test_runs_are_scored_after_each_epoch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nasbench301, "Surrogate", Convolutions)
     better = SPLIT._replace(reduce=[("sep_conv_3x3", 0), *SPLIT.reduce[1:]])
     shared = SPLIT._replace(reduce=[("skip_connect", 0)] * 8)
     a = write_search(tmp_path / "a", [SPLIT, better, shared])
     b = write_search(tmp_path / "b", [better, better])
     with open(tmp_path / "b" / "genotypes.jsonl", "a") as file:
-        file.write('{"epoch": 3, "nor')  # the search is writing it
+        file.write('{"epoch": 3, "nor')  # an unfinished line
     picture = tmp_path / "scores.png"
     call(a, b, str(genotypes.ISTA_onestage), "random:3", "-o", str(picture))
     output = capsys.readouterr().out
@@ -117,18 +105,8 @@ def test_runs_are_scored_epoch_by_epoch(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_lines_of_the_picture_are_the_scores():
-    runs = {"a": {1: (91.0, 20.0), 2: (np.nan, np.nan), 3: (92.0, 60.0)},
-            "b": {1: (91.0, 30.0), 2: (92.0, 50.0)}}
-    axes = nasbench301.figure(runs, {"ISTA_twostage": 99.0}).axes[0]
-    lines = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_equal(lines["a"].get_xydata(), [[1, 20], [2, np.nan], [3, 60]])
-    np.testing.assert_equal(lines["mean"].get_xydata(), [[1, 25], [2, np.nan]])
-    assert set(lines["ISTA_twostage"].get_ydata()) == {99.0}
-
-
 def encoding(operations=PRIMITIVES):
-    """A file like the published one: every value has a number."""
+    """An encoding like the published one, which gives each value a number."""
     pairs = [f"{p}_{q}" for q in range(5) for p in range(q)]
     return {
         nasbench301.PREFIX + name: {value: k for k, value in enumerate(
@@ -137,7 +115,7 @@ def encoding(operations=PRIMITIVES):
     }
 
 
-def test_a_genotype_in_the_numbers_of_the_encoding(tmp_path):
+def test_a_genotype_is_encoded_in_the_column_order_of_the_model(tmp_path):
     path = tmp_path / "encoding.json"
     surrogate = object.__new__(nasbench301.Surrogate)  # without a model
     path.write_text(json.dumps(encoding()))
@@ -151,13 +129,10 @@ def test_a_genotype_in_the_numbers_of_the_encoding(tmp_path):
         surrogate.encode(SPLIT)
 
 
-def test_without_onnxruntime_a_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="pip install onnxruntime"):
+def test_a_missing_package_and_a_picture_without_a_run_are_errors(monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install onnxruntime"):
+        patch.setitem(sys.modules, "onnxruntime", None)
         call("ISTA_twostage")
-
-
-def test_a_picture_needs_a_run(monkeypatch):
     monkeypatch.setattr(nasbench301, "Surrogate", Convolutions)
     with pytest.raises(UserError, match="no run folder of a search"):
         call("ISTA_twostage", "-o", "scores.png")
@@ -179,5 +154,5 @@ def test_the_published_cells_are_among_the_best():
     ):
         predicted, percentile = surrogate.score(genotypes.load(name)[0])
         assert predicted == pytest.approx(accuracy, abs=0.006)
-        # A percentile of this height among 2,000 has a standard error of 0.2 to 0.5.
+        # Such a percentile among 2,000 cells has a standard error of 0.2 to 0.5.
         assert percentile == pytest.approx(place, abs=1.1)

@@ -1,4 +1,4 @@
-"""search.py and train.py from the command line: what they do, print and leave behind."""
+"""search.py and train.py from the command line: what they do, print and write."""
 
 import json
 import re
@@ -34,21 +34,20 @@ from model_search import Network
 
 
 def next_commands(stdout):
-    """The commands that a script printed for the person to paste."""
+    """The commands that a script suggests at its end."""
     return [shlex.split(line)[1:] for line in stdout.splitlines() if line.startswith("    python ")]
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A finished two-stage search of 4 epochs: its folder, and what it printed."""
+    """A finished two-stage search: its folder and its output."""
     folder = tmp_path_factory.mktemp("searched")
-    done = run(*TWO_STAGE, "--epochs", 4, "--save", "two", cwd=folder, pictures=True)
-    return folder, done.stdout
+    return folder, run(*TWO_STAGE, "--epochs", 4, "--save", "two", cwd=folder, pictures=True)
 
 
 @pytest.fixture(scope="module")
 def one_stage(tmp_path_factory):
-    """A finished one-stage search, its last 3 epochs with the architecture fixed."""
+    """A finished one-stage search; the architecture is fixed in its last 3 epochs."""
     folder = tmp_path_factory.mktemp("one_stage")
     return folder, run(*ONE_STAGE, "--epochs", 3, "--save", "one", cwd=folder)
 
@@ -61,22 +60,20 @@ def trained(tmp_path_factory):
 
 
 def assert_changes_are_counted(path):
-    """Each epoch counts the pairs that the one before did not have, and names just these."""
+    """Assert that each epoch counts and prints the pairs that the previous one did not have."""
     found, metrics = rows(path / "genotypes.jsonl"), rows(path / "metrics.jsonl")
-    log = (path / "log.txt").read_text()
-    epochs = re.split(r"^ +\d+/\d+  .*\n", log, flags=re.M)[1:]
-    named = [len(re.findall(r"^    (?:normal|reduce) node \d: .* → ", part, re.M))
-             for part in epochs]
-    assert named == [row["changed"] for row in metrics]
+    epochs = re.split(r"^ +\d+/\d+  .*\n", (path / "log.txt").read_text(), flags=re.M)[1:]
+    printed = [len(re.findall(r"^    (?:normal|reduce) node \d: .* → ", part, re.M))
+               for part in epochs]
+    assert printed == [row["changed"] for row in metrics]
     for a, b, row in zip(found, found[1:], metrics[1:], strict=False):
         new = [set(map(tuple, b[cell][i : i + 2])) - set(map(tuple, a[cell][i : i + 2]))
                for cell in ("normal", "reduce") for i in range(0, 8, 2)]
         assert row["changed"] == sum(map(len, new))
-    assert log.count("Genotype(") == 1, "whole, only at the end"
 
 
-def absorbed(done):
-    """Test accuracy of a one-stage search, which absorption must not change."""
+def accuracy_after_absorption(done):
+    """Test accuracy after absorption, which must be that of the supernet."""
     before, after = map(float, re.search(
         r"test accuracy (\S+) % in the supernet, (\S+) % after absorption", done.words
     ).groups())
@@ -100,7 +97,7 @@ def nearly(percent):
 
 
 def assert_measures(done, path):
-    """Assert that an evaluation finds the loss and the accuracy of a run's last epoch."""
+    """Assert that an evaluation finds the loss and the accuracy of the last epoch of a run."""
     row = rows(path / "metrics.jsonl")[-1]
     assert loss(done) == pytest.approx(row["test_loss"], rel=1e-3)
     assert accuracy(done) == nearly(row["test_accuracy"])
@@ -111,36 +108,35 @@ def assert_measures(done, path):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_search_leaves_what_its_folder_should_hold(searched):
-    folder, stdout = searched
+def test_files_of_a_search(searched):
+    folder, done = searched
     path = folder / "two"
-    for name in ("config.json", "log.txt", "checkpoint.pt", "scripts/search.py",
-                 "scripts/harness/runs.py", "cells.png", "search.png", "curves.png"):
+    for name in ("config.json", "checkpoint.pt", "scripts/search.py", "scripts/harness/runs.py",
+                 "cells.png", "search.png", "curves.png"):
         assert (path / name).exists(), name
-    assert (path / "log.txt").read_text() == stdout
+    assert (path / "log.txt").read_text() == done.stdout
     config = json.loads((path / "config.json").read_text())
     assert config["init_channels"] == 2 and config["learning_rate"] == 0.1 and config["seed"] == 2
     metrics, found = rows(path / "metrics.jsonl"), rows(path / "genotypes.jsonl")
     assert [row["epoch"] for row in metrics] == [row["epoch"] for row in found] == [1, 2, 3, 4]
     genotype, one_stage = genotypes.load(path / "genotype.json")
-    assert not one_stage and f"genotype = {genotype}" in stdout
+    assert not one_stage and f"genotype = {genotype}" in done.stdout
     assert genotypes.as_lists(genotype)["normal"] == found[-1]["normal"]
     assert_changes_are_counted(path)
-    assert all(0 <= row["valid_accuracy"] <= 100 for row in metrics)
     assert metrics[0]["learning_rate"] == 0.1, "the schedule starts at the full learning rate"
 
 
-def test_the_printed_command_trains_the_genotype(searched):
-    folder, stdout = searched
-    (flags,) = next_commands(stdout)
+def test_the_suggested_commands_train_and_evaluate_the_genotype(searched):
+    folder, done = searched
+    (flags,) = next_commands(done.stdout)
     small = ["--init_channels", 2, "--layers", 3, "--batch_size", 480, "--epochs", 1]
     done = run(*flags, *small, "--save", "t", cwd=folder)
     (evaluate,) = next_commands(done.stdout)
     assert_measures(run(*evaluate, cwd=folder), folder / "t")
-    assert not list(folder.glob("runs*")), "evaluating makes no folder"
+    assert not list(folder.glob("runs*")), "an evaluation creates no folder"
 
 
-def test_the_same_seed_gives_the_same_search_and_another_another(searched, tmp_path):
+def test_equal_seeds_give_equal_searches(searched, tmp_path):
     folder, _ = searched
     run(*TWO_STAGE, "--epochs", 4, "--save", "again", cwd=tmp_path)
     assert_same_run(folder / "two", tmp_path / "again")
@@ -148,9 +144,9 @@ def test_the_same_seed_gives_the_same_search_and_another_another(searched, tmp_p
     assert rows(tmp_path / "other/metrics.jsonl")[0] != rows(folder / "two/metrics.jsonl")[0]
 
 
-@pytest.mark.parametrize("steps", [1, 4, 100])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_a_search_that_recovers_every_few_steps_ends_with_a_recovery(tmp_path, steps):
-    flags = ["--epochs", 2, "--recover_every", steps, "--save", "r"]  # of 3 steps each
+    flags = ["--epochs", 2, "--recover_every", steps, "--save", "r"]  # an epoch has 3 steps
     run(*TWO_STAGE, *flags, cwd=tmp_path)
     metrics = rows(tmp_path / "r/metrics.jsonl")
     assert ("distance" in metrics[0]) == (steps == 1) and "distance" in metrics[1]
@@ -162,59 +158,46 @@ def test_a_search_that_recovers_every_few_steps_ends_with_a_recovery(tmp_path, s
             assert np.allclose(z, ista.recover(A, b).z, atol=1e-6), "z is the code of b"
 
 
-def test_a_solver_that_does_not_converge_is_warned_of_once(tmp_path, monkeypatch):
-    """However many of its codes that are, which is another number at each recovery."""
-    fails = iter(8 * [False] + 3 * [True] + 5 * [False] + 8 * [True] + 8 * [False])  # 8 a recovery
+def test_a_solver_that_does_not_converge_causes_one_warning(tmp_path, monkeypatch):
     solve = ista.SOLVERS["homotopy"]
 
-    def sometimes(*problem):
-        z, n_iter, solved = solve(*problem)
-        return z, n_iter, solved and not next(fails)
+    def without_convergence(*problem):
+        z, n_iter, _ = solve(*problem)
+        return z, n_iter, False
 
-    monkeypatch.setitem(ista.SOLVERS, "ista", sometimes)
+    monkeypatch.setitem(ista.SOLVERS, "ista", without_convergence)
     done = run(*TWO_STAGE, "--epochs", 3, "--solver", "ista", "--save", "s", cwd=tmp_path)
-    assert not [*fails]
     assert done.words.count("a relative duality gap above 1e-09") == 1
-    assert "in some codes (3 of 8 in this recovery); homotopy solves these instead" in done.words
 
 
-@pytest.mark.parametrize("flags, says", [
-    ([], True), (["--learning_rate", 0.1], False),
-])
-def test_the_learning_rate_of_another_batch_is_said_once(tmp_path, flags, says):
+@pytest.mark.parametrize("flags, count", [([], 1), (["--learning_rate", 0.1], 0)])
+def test_the_default_learning_rate_with_another_batch_size_is_noted(tmp_path, flags, count):
     done = run(*TWO_STAGE, *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
-    assert ("the linear rule gives --learning_rate 0.0938" in done.words) == says
-    assert done.words.count("linear rule") == says
+    assert done.words.count("the linear rule gives --learning_rate 0.0938") == count
 
 
-def test_progress_has_a_line_every_few_steps_whatever_the_clock_does(tmp_path, monkeypatch):
-    clock = iter(range(10**9, 0, -1000))  # set back all the time
+def test_progress_is_logged_every_few_steps_even_if_the_clock_is_set_back(tmp_path, monkeypatch):
+    clock = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: next(clock))
     done = run(*TWO_STAGE, "--epochs", 2, "--report_freq", 2, "--save", "s", cwd=tmp_path)
     step = r"^    step 2/3: loss \d\.\d+, accuracy \d+\.\d\d %, \d+ images/s, \d+ s left .*"
     assert len(re.findall(step, done.stdout, re.M)) == 2
-    assert not re.findall(r"-\d+ (?:s|min|h|images)\b", done.words)
-    metrics = (tmp_path / "s/metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["seconds"] > 0 for line in metrics)
 
 
-def test_distinct_edges_reach_the_genotype(tmp_path):
+def test_distinct_edges_hold_in_the_genotype(tmp_path):
     run(*TWO_STAGE, "--epochs", 2, "--distinct_edges", "--save", "d", cwd=tmp_path)
     genotype, _ = genotypes.load(tmp_path / "d/genotype.json")
     assert genotypes.has_distinct_edges(genotype)
-    record = json.loads((tmp_path / "d/genotype.json").read_text())
-    assert record["about"]["distinct_edges"] is True
 
 
-def test_own_images_of_any_kind(tmp_path):
-    colours = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+def test_a_search_on_a_folder_of_images(tmp_path):
+    colors = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
     for part, count in (("train", 8), ("val", 2)):
-        for name, colour in colours.items():
-            (tmp_path / "my images" / part / name).mkdir(parents=True)
+        for name, color in colors.items():
+            folder = tmp_path / "my images" / part / name
+            folder.mkdir(parents=True)
             for k in range(count):
-                mode = ("RGB", "L", "P", "RGBA")[k % 4]
-                image = Image.new("RGB", (20 + k, 31), tuple(v + k for v in colour)).convert(mode)
-                image.save(tmp_path / "my images" / part / name / f"{k}.png")
+                Image.new("RGB", (20 + k, 31), color).save(folder / f"{k}.png")
     flags = ["--dataset", "imagefolder", "--data", "my images", "--init_channels", "2",
              "--layers", "2"]
     done = run("search.py", *flags, "--epochs", 1, "--save", "s", cwd=tmp_path)
@@ -230,7 +213,7 @@ def test_own_images_of_any_kind(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_one_stage_search_ends_in_a_trained_network(one_stage):
+def test_one_stage_search_ends_with_a_trained_network(one_stage):
     folder, done = one_stage
     metrics = rows(folder / "one/metrics.jsonl")
     searching = [row for row in metrics if row["phase"] == "searching"]
@@ -242,26 +225,23 @@ def test_one_stage_search_ends_in_a_trained_network(one_stage):
     assert fixed[0]["learning_rate"] == 0.025 > fixed[1]["learning_rate"]
     frozen = [sum(row["frozen"]) for row in searching]
     assert frozen == sorted(frozen)
-    assert re.search(r"with \d\.\d+ M parameters are deleted, \d\.\d+ M remain", done.words)
-    assert "from here on drop-path rises to 0.2, which lowers the training accuracy" in done.words
     evaluate, train = next_commands(done.stdout)
     measured = run(*evaluate, cwd=folder)
     assert_measures(measured, folder / "one")
-    assert accuracy(measured) == nearly(absorbed(done))
+    assert accuracy(measured) == nearly(accuracy_after_absorption(done))
     run(*train, "--epochs", 1, "--batch_size", 480, "--save", "more", cwd=folder)
     assert [row["epoch"] for row in rows(folder / "more/metrics.jsonl")] == [1]
     assert genotypes.load(folder / "more") == genotypes.load(folder / "one")
 
 
 @pytest.mark.crash
-def test_what_does_not_come_to_rest_is_taken_as_it_is(tmp_path):
+def test_max_search_epochs_fixes_an_architecture_that_has_not_converged(tmp_path):
     flags = [*ONE_STAGE, "--epochs", 1, "--freeze_tol", 0, "--max_search_epochs", 2]
     done = run(*flags, "--save", "one", cwd=tmp_path)
-    assert "warning: 8 of 8 nodes still moved" in done.words
+    assert "warning: 8 of 8 nodes" in done.words
     assert len(rows(tmp_path / "one/metrics.jsonl")) == 3
-    assert genotypes.load(tmp_path / "one/genotype.json")[1] is True
-    more = ["--resume", "one", "--max_search_epochs", 3]
-    assert "contradicts" in run("search.py", *more, cwd=tmp_path, status=2).stderr  # too late
+    more = ["--resume", "one", "--max_search_epochs", 3]  # the architecture is already fixed
+    assert "contradicts" in run("search.py", *more, cwd=tmp_path, status=2).stderr
 
     (tmp_path / "prelude.py").write_text(killed_in(2))
     Process(*flags, "--save", "killed", cwd=tmp_path, prelude=tmp_path / "prelude.py").wait()
@@ -275,51 +255,47 @@ def test_candidates_that_are_too_large_are_rejected(tmp_path):
     done = run(*flags, "--freeze_tol", 100, "--save", "one", cwd=tmp_path)
     metrics = rows(tmp_path / "one/metrics.jsonl")
     assert all(row["rejected"] and row["changed"] == 0 for row in metrics[:2])
-    assert not any(metrics[0]["frozen"]), "what is rejected freezes nothing"
+    assert not any(metrics[0]["frozen"])
     assert "rejected by --max_params 1e-06" in done.words
-    found = rows(tmp_path / "one/genotypes.jsonl")
-    assert found[0]["normal"] == found[-1]["normal"]
 
 
-def test_a_search_ends_when_its_last_node_freezes_and_resumes_before(tmp_path, monkeypatch):
-    """Three more nodes freeze in each epoch, however far their codes have moved."""
+def test_search_ends_when_the_last_node_freezes_and_resumes_to_the_bit(tmp_path, monkeypatch):
     freeze, save = Network.freeze, runs.Run.save_checkpoint
 
-    def freeze_three(net, nodes):
+    def freeze_three_more(net, nodes):
         freeze(net, [k < sum(net.frozen) + 3 for k in range(len(nodes))])
 
     def save_and_stop(self, **state):
         save(self, **state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Network, "freeze", freeze_three)
+    monkeypatch.setattr(Network, "freeze", freeze_three_more)
     flags = [*ONE_STAGE, "--max_search_epochs", 9, "--epochs", 1]
-    done = run(*flags, "--save", "whole", cwd=tmp_path)
-    metrics = rows(tmp_path / "whole/metrics.jsonl")
+    run(*flags, "--save", "one", cwd=tmp_path)
+    metrics = rows(tmp_path / "one/metrics.jsonl")
     assert [sum(row["frozen"]) for row in metrics[:-1]] == [3, 6, 8]
-    assert metrics[-1]["phase"] == "training" and "nodes still moved" not in done.words
-    assert "5 of 8 nodes are not frozen; " in done.words
+    assert metrics[-1]["phase"] == "training"
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.Run, "save_checkpoint", save_and_stop)
         run(*flags, "--save", "resumed", cwd=tmp_path)
     run("search.py", "--resume", "resumed", cwd=tmp_path)
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    assert_same_run(tmp_path / "one", tmp_path / "resumed")
 
 
 # ------------------------------------------------------------------------------------------------
-# Resuming
+# Resuming (test_crash.py compares resumed runs to the bit)
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_search_goes_on_with_more_epochs(searched, tmp_path):
+def test_a_search_resumes_with_more_epochs(searched, tmp_path):
     folder, _ = searched
     run(*TWO_STAGE, "--epochs", 2, "--save", "r", cwd=tmp_path)
     done = run("search.py", "--resume", "r", "--epochs", 4, cwd=tmp_path)
     assert "resumed r after epoch 2" in done.words and "the schedule of 4 epochs" in done.words
     metrics, whole = rows(tmp_path / "r/metrics.jsonl"), rows(folder / "two/metrics.jsonl")
     assert [row["epoch"] for row in metrics] == [1, 2, 3, 4]
-    for epoch in (2, 3):  # from here on, the schedule is that of 4 epochs
+    for epoch in (2, 3):  # the schedule is now that of 4 epochs
         assert metrics[epoch]["learning_rate"] == whole[epoch]["learning_rate"]
 
 
@@ -336,26 +312,19 @@ def test_resuming_a_finished_run_restores_its_files(one_stage):
     assert next_commands(done.stdout)
 
 
-def test_a_run_resumes_when_its_genotype_file_is_gone(tmp_path):
+def test_a_run_resumes_without_its_genotype_file_and_a_newer_flag(tmp_path):
     genotypes.save(tmp_path / "g.json", genotypes.draw(1), False)
     run(*TRAIN, "--arch", "g.json", "--epochs", 1, "--save", "t", cwd=tmp_path)
-    genotypes.save(tmp_path / "g.json", genotypes.draw(2), False)
-    run("train.py", "--resume", "t", "--epochs", 2, cwd=tmp_path)
     (tmp_path / "g.json").unlink()
-    run("train.py", "--resume", "t", "--epochs", 3, cwd=tmp_path)
+    state = saved(tmp_path / "t/checkpoint.pt")
+    del state["args"]["label_smoothing"]  # as if this version had added the flag
+    torch.save(state, tmp_path / "t/checkpoint.pt")
+    run("train.py", "--resume", "t", "--epochs", 2, cwd=tmp_path)
     assert genotypes.load(tmp_path / "t")[0] == genotypes.draw(1)
+    assert saved(tmp_path / "t/checkpoint.pt")["args"]["label_smoothing"] == 0
 
 
-def test_a_run_that_is_older_than_a_flag_goes_on_with_its_default(tmp_path):
-    run(*TRAIN, "--epochs", 1, "--save", "old", cwd=tmp_path)
-    state = saved(tmp_path / "old/checkpoint.pt")
-    del state["args"]["label_smoothing"]
-    torch.save(state, tmp_path / "old/checkpoint.pt")
-    run("train.py", "--resume", "old", "--epochs", 2, cwd=tmp_path)
-    assert saved(tmp_path / "old/checkpoint.pt")["args"]["label_smoothing"] == 0
-
-
-def test_starts_are_noted_and_changed_sources_kept(tmp_path, monkeypatch):
+def test_each_start_is_recorded_and_changed_sources_are_copied(tmp_path, monkeypatch):
     sources = tmp_path / "sources"
     shutil.copytree(ROOT / "harness", sources / "harness")
     for path in ROOT.glob("*.py"):
@@ -365,21 +334,19 @@ def test_starts_are_noted_and_changed_sources_kept(tmp_path, monkeypatch):
 
     def resume(epochs):
         done = run("train.py", "--resume", "t", "--epochs", epochs, cwd=tmp_path)
-        return re.findall(r"sources have changed since the last start of the run: (.*?);", done.words)
+        return re.findall(r"sources have changed since the last start .*?: (.*?);", done.words)
 
     assert resume(2) == []
     for name in ("train.py", "harness/runs.py"):
         (sources / name).write_text("edited")
+    monkeypatch.setenv("PATH", "")  # git is not installed
     assert resume(3) == ["harness/runs.py, train.py"]
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", "")  # git is not installed
-        assert resume(4) == []
     assert (tmp_path / "t/scripts/train.py").read_text() == (ROOT / "train.py").read_text()
-    assert (tmp_path / "t/scripts-after-epoch-2/train.py").read_text() == "edited"
-    assert (tmp_path / "t/scripts-after-epoch-2/harness/runs.py").read_text() == "edited"
-    assert (tmp_path / "t/scripts-after-epoch-2/model.py").exists(), "together they run"
+    copied = tmp_path / "t/scripts-after-epoch-2"
+    assert (copied / "train.py").read_text() == (copied / "harness/runs.py").read_text() == "edited"
+    assert (copied / "model.py").exists(), "the copy is complete"
     starts = rows(tmp_path / "t/starts.jsonl")
-    assert [start["typed"][1:3] for start in starts] == [TRAIN[1:3]] + 3 * [["--resume", "t"]]
+    assert [start["typed"][1:3] for start in starts] == [TRAIN[1:3]] + 2 * [["--resume", "t"]]
     assert all(start["torch"] == torch.__version__ for start in starts)
     assert starts[-1]["commit"] is None and starts[0]["device"] == "cpu"
 
@@ -389,10 +356,9 @@ def test_starts_are_noted_and_changed_sources_kept(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_training_reports_size_and_cost(trained):
+def test_training_reports_size_cost_and_best_accuracy(trained):
     folder, done = trained
     assert re.search(r"network: 0\.\d{4} M parameters, \d+\.\d M multiply-adds", done.words)
-    assert "digits: 1438 images to train on, 359 to test on" in done.words
     metrics = rows(folder / "t/metrics.jsonl")
     assert [row["learning_rate"] for row in metrics] == pytest.approx([0.025, 0.01875, 0.00625])
     assert [row["drop_path_prob"] for row in metrics] == pytest.approx([0, 0.2 / 3, 0.4 / 3])
@@ -402,7 +368,7 @@ def test_training_reports_size_and_cost(trained):
     assert any(key.startswith("auxiliary_head") for key in network["weights"])
 
 
-def test_training_goes_on_from_weights_as_a_new_run(trained):
+def test_training_continues_from_weights_as_a_new_run(trained):
     folder, _ = trained
     flags = ["--weights", "t/network.pt", "--epochs", 1, "--batch_size", 480, "--no-cutout"]
     run("train.py", *flags, "--save", "more", cwd=folder)
@@ -411,7 +377,7 @@ def test_training_goes_on_from_weights_as_a_new_run(trained):
     assert config["C"] == 2 and config["layers"] == 3
 
 
-def test_any_form_of_a_genotype_can_be_trained(tmp_path):
+def test_a_genotype_can_be_given_as_text_file_or_seed(tmp_path):
     text = str(genotypes.ISTA_onestage)
     (tmp_path / "cells.txt").write_text(f"# of a log\n2020-12-06 genotype = {text}\n")
     for arch in (text, "cells.txt", "random:3"):
@@ -432,7 +398,7 @@ def test_any_form_of_a_genotype_can_be_trained(tmp_path):
     ["--resume", "t/checkpoint.pt"], ["--weights", "t/network.pt", "--arch", "ISTA_twostage"],
     ["--weights", "t/network.pt", "--no-auxiliary"],
 ])
-def test_evaluation_measures_the_same_from_every_file(trained, flags):
+def test_evaluation_gives_the_same_result_from_every_file(trained, flags):
     folder, _ = trained
     before = sorted(folder.rglob("*"))
     assert_measures(run("train.py", "--evaluate", *flags, cwd=folder), folder / "t")
@@ -454,22 +420,22 @@ def test_a_plain_state_dict_needs_its_genotype(trained):
 
 
 @pytest.mark.parametrize("kind", ["trained", "one_stage"])
-def test_a_network_is_used_from_python(request, kind):
+def test_a_saved_network_can_be_used_from_python(request, kind):
     folder, done = request.getfixturevalue(kind)
     net, about = model.load(next(folder.glob("*/network.pt")))
     _, test = data.load("digits", None, about["image_size"])
     logits, _ = net(data.normalize(test.images, about["mean"], about["std"]))
     names = [about["classes"][k] for k in logits.argmax(1)]
     right = sum(name == test.classes[k] for name, k in zip(names, test.labels, strict=True))
-    expected = accuracy(done) if kind == "trained" else absorbed(done)
+    expected = accuracy(done) if kind == "trained" else accuracy_after_absorption(done)
     assert 100 * right / len(test) == nearly(expected)
 
 
-def write(images, root, only=None, tint=(1, 1, 1)):
-    """Make a folder of digits, of some classes; a tint changes their mean and deviation."""
+def write_digits(images, root, classes, tint=(1, 1, 1)):
+    """Write the images of some classes to files. A tint changes their mean and deviation."""
     for k, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
         name = images.classes[label]
-        if only is None or name in only:
+        if name in classes:
             (root / name).mkdir(parents=True, exist_ok=True)
             pixels = (image.permute(1, 2, 0) * torch.tensor(tint)).byte().numpy()
             Image.fromarray(pixels).save(root / name / f"{k}.png")
@@ -477,83 +443,65 @@ def write(images, root, only=None, tint=(1, 1, 1)):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Digits in folders, and a network that is trained on 3 of them."""
+    """Folders of digits, and a network that was trained on 3 of the classes."""
     place = tmp_path_factory.mktemp("folders")
     train, test = data.load("digits", None, 8)
-    write(train, place / "own/train", "127")
-    write(test, place / "own/test", "127")
-    write(train, place / "tinted/train", "127", (0.3, 1, 0.6))
-    write(test, place / "tinted/test", "127")
-    write(test, place / "less/test", "17")
+    write_digits(train, place / "own/train", "127")
+    write_digits(test, place / "own/test", "127")
+    write_digits(train, place / "tinted/train", "127", (0.3, 1, 0.6))
+    write_digits(test, place / "tinted/test", "127")
+    write_digits(test, place / "less/test", "17")
     flags = ["--dataset", "imagefolder", "--data", "own", *TINY[2:], "--init_channels", 4]
     run("train.py", "--arch", "ISTA_twostage", *flags, "--no-cutout", "--no-auxiliary",
         "--drop_path_prob", 0, "--batch_size", 16, "--epochs", 4, "--save", "run", cwd=place)
+    losses = [row["train_loss"] for row in rows(place / "run/metrics.jsonl")]
+    assert losses[-1] < losses[0]
     return place
 
 
-def evaluate(place, *flags, file=("--weights", "run/network.pt"), status=0):
-    done = run("train.py", "--evaluate", *file, *flags, cwd=place, status=status)
-    return done if status == 0 else done.stderr
+def evaluate(place, *flags, status=0):
+    return run("train.py", "--evaluate", *flags, cwd=place, status=status)
 
 
 @pytest.mark.parametrize("file", [
     ["--weights", "run/network.pt"], ["--weights", "run/checkpoint.pt"], ["--resume", "run"],
 ])
-def test_a_network_is_measured_with_the_mean_and_deviation_of_its_training(folders, file):
-    """Whatever training images are beside the test images, if there are any."""
-    place = folders
-    tinted = evaluate(place, "--data", "tinted", file=file)
-    own = evaluate(place, file=file)
+def test_evaluation_uses_the_mean_and_deviation_of_the_training(folders, file):
+    own, tinted = (evaluate(folders, *file, "--data", name) for name in ("own", "tinted"))
     assert own.stdout == tinted.stdout
-    assert_measures(own, place / "run")
-    plain = saved(place / "run/network.pt")["weights"]
-    torch.save(plain, place / "plain.pt")  # which does not know them
-    flags = ["--arch", "ISTA_twostage", "--dataset", "imagefolder", "--image_size", 8]
-    plain = ["--weights", "plain.pt", *flags]
-    own, tinted = (evaluate(place, "--data", name, file=plain) for name in ("own", "tinted"))
-    assert_measures(own, place / "run")
+    assert_measures(own, folders / "run")
+
+
+def test_evaluation_of_a_plain_state_dict_uses_those_of_the_data(folders):
+    torch.save(saved(folders / "run/network.pt")["weights"], folders / "plain.pt")
+    flags = ["--weights", "plain.pt", "--arch", "ISTA_twostage", "--dataset", "imagefolder",
+             "--image_size", 8]
+    own, tinted = (evaluate(folders, *flags, "--data", name) for name in ("own", "tinted"))
+    assert_measures(own, folders / "run")
     assert loss(tinted) != pytest.approx(loss(own), rel=1e-3)
 
 
 def test_classes_are_matched_by_name(folders):
-    """Here 7 is the second class of two. The network, whose third class it is, predicts only 7."""
-    place = folders
-    network = saved(place / "run/network.pt")
+    # 7 is the second class of the data and the third class of the network, which predicts only 7.
+    network = saved(folders / "run/network.pt")
     network["weights"]["classifier.weight"].zero_()
     network["weights"]["classifier.bias"] = torch.tensor([0.0, 0.0, 1.0])
-    torch.save(network, place / "seven.pt")
-    _, test = data.load("imagefolder", place / "less", 8, test_only=True)
-    less = evaluate(place, "--data", "less", file=["--weights", "seven.pt"])
+    torch.save(network, folders / "seven.pt")
+    _, test = data.load("imagefolder", folders / "less", 8, test_only=True)
+    less = evaluate(folders, "--weights", "seven.pt", "--data", "less")
     assert accuracy(less) == pytest.approx(100 * test.counts()[1] / len(test), abs=0.01)
     assert f"on {len(test)} images of imagefolder (1 of the 3 classes have none)" in less.words
 
 
-def test_other_classes_are_refused(folders, trained):
-    place = folders
-    shutil.copytree(place / "less", place / "renamed")
-    (place / "renamed/test/1").rename(place / "renamed/test/one")
-    for flags, unknown in (
-        (["--data", "renamed"], "one"), (["--dataset", "digits"], "0, 3, 4 and 4 more"),
-    ):
-        err = evaluate(place, *flags, status=2)
-        assert f"lacks {unknown}; it was trained with 1, 2, 7" in err and err.count("\n") == 1
-    folder, _ = trained
-    err = evaluate(folder, "--data", place / "renamed", "--dataset", "imagefolder", status=2,
-                   file=["--weights", "t/network.pt"])
-    assert "lacks one; it was trained with 0, 1, 2 and 7 more" in err
-    less = evaluate(folder, "--data", place / "less", "--dataset", "imagefolder",
-                    file=["--weights", "t/network.pt"])
-    assert "(8 of the 10 classes have none)" in less.words
+def test_classes_that_the_network_does_not_have_are_refused(folders):
+    shutil.copytree(folders / "less", folders / "renamed")
+    (folders / "renamed/test/1").rename(folders / "renamed/test/one")
+    done = evaluate(folders, "--weights", "run/network.pt", "--data", "renamed", status=2)
+    assert "lacks one; it was trained with 1, 2, 7" in done.stderr
 
 
-def test_a_training_lowers_the_loss(folders):
-    losses = [row["train_loss"] for row in rows(folders / "run/metrics.jsonl")]
-    assert losses[-1] < losses[0]
-
-
-def test_training_from_weights_takes_the_data_that_it_has(folders):
-    place = folders
+def test_training_from_weights_uses_the_mean_of_its_own_data(folders):
     run("train.py", "--weights", "run/network.pt", "--data", "tinted", "--no-cutout", "--epochs", 1,
-        "--batch_size", 200, "--save", "more", cwd=place)
-    old, new = (saved(place / name / "network.pt")["about"] for name in ("run", "more"))
+        "--batch_size", 200, "--save", "more", cwd=folders)
+    old, new = (saved(folders / name / "network.pt")["about"] for name in ("run", "more"))
     assert new["mean"][0] == pytest.approx(0.3 * old["mean"][0], abs=0.01)
