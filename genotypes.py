@@ -210,18 +210,18 @@ def by_node(pairs):
 def changed_pairs(before, after):
     """Describe the pairs that differ between two genotypes, one text for each pair.
 
-    A text reads "normal node 1: skip_connect of node 0 → sep_conv_3x3 of c_{k-1}".
+    A text reads "normal node 3: skip_connect of node 2 → sep_conv_3x3 of node 1", with the numbers
+    of genotypes: nodes 0 and 1 are the inputs of the cell.
     """
-    inputs = ["c_{k-2}", "c_{k-1}", *(f"node {j}" for j in range(NODES))]
     texts = []
     for cell in ("normal", "reduce"):
         nodes_before, nodes_after = by_node(getattr(before, cell)), by_node(getattr(after, cell))
-        for node in range(NODES):
-            removed = [pair for pair in nodes_before[node] if pair not in nodes_after[node]]
-            added = [pair for pair in nodes_after[node] if pair not in nodes_before[node]]
+        for j in range(NODES):
+            removed = [pair for pair in nodes_before[j] if pair not in nodes_after[j]]
+            added = [pair for pair in nodes_after[j] if pair not in nodes_before[j]]
             for (old, old_input), (new, new_input) in zip(removed, added, strict=True):
-                texts.append(f"{cell} node {node}: {old} of {inputs[old_input]} → "
-                             f"{new} of {inputs[new_input]}")
+                texts.append(f"{cell} node {j + 2}: {old} of node {old_input} → {new} of node "
+                             f"{new_input}")
     return texts
 
 

@@ -3,7 +3,7 @@
     python search.py                                          # published two-stage search, CIFAR-10
     python search.py --one_stage                              # published one-stage search
     python search.py --dataset imagefolder --data my_images   # on your own images
-    python search.py --resume runs/search-20201206-101500     # go on after an interruption
+    python search.py --resume runs/search-20201206-101500     # resume after an interruption
 
 Two-stage search: each step first updates the architecture parameters b (Adam, a batch of one half
 of the training images), then the weights (SGD, a batch of the other half). After each epoch the
@@ -384,7 +384,8 @@ def log_recovery(run, row, epoch):
     is the start.
     """
     args = run.args
-    nodes = [f"{cell} {j}" for cell in ("normal", "reduction") for j in range(genotypes.NODES)]
+    nodes = [f"{cell} node {j}" for cell in ("normal", "reduce")
+             for j in range(2, 2 + genotypes.NODES)]
     if row.get("not_converged"):
         run.warn(f"solver {args.solver} leaves a relative duality gap above {ista.TOLERANCE:g} in "
                  f"some codes ({row['not_converged']} of {len(nodes)} in this recovery); homotopy "

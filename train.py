@@ -4,7 +4,7 @@
     python train.py --arch ISTA_twostage                      # a published cell
     python train.py --arch "Genotype(normal=[...], ...)"      # one copied from a log
     python train.py --arch random:3                           # a random cell, for comparison
-    python train.py --resume runs/train-20201206-101500       # go on after an interruption
+    python train.py --resume runs/train-20201206-101500       # resume after an interruption
     python train.py --evaluate --weights runs/NAME/network.pt # measure a trained network
     python train.py --dataset imagenet --data DIR --arch ISTA_ImageNet
 

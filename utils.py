@@ -234,9 +234,9 @@ def no_gradients_of(optimizer):
 
 def remove_parameters(optimizer, parameters):
     """Remove parameters and their state from an optimizer."""
-    gone = {id(p) for p in parameters}
+    removed = {id(p) for p in parameters}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
+        group["params"] = [p for p in group["params"] if id(p) not in removed]
     for p in parameters:
         optimizer.state.pop(p, None)
 

@@ -46,7 +46,7 @@ def load_run(path, kind):
     """Read the checkpoint of a run; `kind` is "search" or "train"."""
     state = load(path)
     found = state.get("kind") if isinstance(state, dict) else None
-    if found not in ("search", "train"):  # a network.pt, say
+    if found not in ("search", "train"):  # for example a network.pt
         raise UserError(f"{path} is not the checkpoint of a run: give the folder of the run")
     if found != kind:
         raise UserError(f"{path} is the checkpoint of a {found} run, which {found}.py resumes")

@@ -73,8 +73,8 @@ def test_changed_pairs_are_listed_by_node():
     after = before._replace(normal=pairs)
     assert genotypes.changed_pairs(before, before) == []
     assert genotypes.changed_pairs(before, after) == [
-        "normal node 0: skip_connect of c_{k-2} → sep_conv_3x3 of c_{k-1}",
-        "normal node 3: skip_connect of c_{k-2} → skip_connect of node 2",
+        "normal node 2: skip_connect of node 0 → sep_conv_3x3 of node 1",
+        "normal node 5: skip_connect of node 0 → skip_connect of node 4",
     ]
 
 
