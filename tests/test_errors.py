@@ -173,7 +173,7 @@ PARSERS = {"search.py": search_script.get_args_parser(), "train.py": train_scrip
 
 
 def case_name(case):
-    return " ".join(map(str, case[0]))[:60]
+    return " ".join(case[0]).replace(" ".join(TINY), "digits")[:60]
 
 
 def check(prog, status, stderr, message):

@@ -1,4 +1,4 @@
-"""ImageNet's files, and batches of them from worker processes."""
+"""imagenet.py: the images of a folder, and their batches from worker processes."""
 
 import multiprocessing
 import os
@@ -16,14 +16,14 @@ from utils import UserError
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder that holds handwritten digits in ImageNet's layout, 12 and 4 of each class."""
+    """A folder of handwritten digits in ImageNet's layout: 7 classes of 12 and 4 images."""
     place = tmp_path_factory.mktemp("place")
     imagenet_of_digits(place)
     return place
 
 
-def load(place, workers=0, size=32, log=print):
-    return imagenet.load("imagenet", place, size, "cpu", workers, log=log)
+def load(place, workers=0, size=32):
+    return imagenet.load("imagenet", place, size, "cpu", workers)
 
 
 def batches(place, batch_size, *, training=True, seed=0, workers=0, **options):
@@ -32,7 +32,7 @@ def batches(place, batch_size, *, training=True, seed=0, workers=0, **options):
     return images.batches(batch_size, train=training, generator=generator, **options)
 
 
-def same(a, b):
+def equal(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, x2) and torch.equal(y, y2) for (x, y), (x2, y2) in zip(a, b, strict=True)
     )
@@ -44,7 +44,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("size, shorter_side", [(32, 36), (64, 73)])
-def test_validation_images_are_those_of_torchvision(place, size, shorter_side):
+def test_validation_batches_are_those_of_torchvision(place, size, shorter_side):
     transform = transforms.Compose([
         transforms.Resize(shorter_side), transforms.CenterCrop(size), transforms.ToTensor(),
         transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -57,44 +57,42 @@ def test_validation_images_are_those_of_torchvision(place, size, shorter_side):
     assert y.tolist() == [label for _, label in expected] and y.dtype == torch.int64
 
 
-def test_memory_format(place):
+def test_channels_last(place):
     contiguous = list(batches(place, 20))
-    last = list(batches(place, 20, memory_format=torch.channels_last))
-    assert same(contiguous, last) and all(x.is_contiguous() for x, _ in contiguous)
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in last)
+    channels_last = list(batches(place, 20, memory_format=torch.channels_last))
+    assert equal(contiguous, channels_last) and all(x.is_contiguous() for x, _ in contiguous)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in channels_last)
 
 
-def test_an_epoch_depends_on_nothing_but_the_generator(place):
+def test_an_epoch_depends_only_on_the_generator(place):
     state = torch.get_rng_state()
     one = batches(place, 16)
     first, second = list(one), list(one)
     assert [len(y) for _, y in first] == [16] * 5 + [4] and len(one) == 6
     assert sorted(torch.cat([y for _, y in first]).tolist()) == sorted([*range(7)] * 12)
-    assert not same(first, second) and not same(first, list(batches(place, 16, seed=1)))
+    assert not equal(first, second) and not equal(first, list(batches(place, 16, seed=1)))
+    assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
     several = batches(place, 16, workers=2)
-    assert same(first, list(several)) and same(second, list(several))
+    assert equal(first, list(several)) and equal(second, list(several))
     one.generator.manual_seed(0)
-    assert same(first, list(one))
-    torch.set_rng_state(state)
-    list(batches(place, 16))
-    assert torch.equal(state, torch.get_rng_state())
+    assert equal(first, list(one))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_two_ranks_see_what_one_sees_in_batches_of_twice_the_size(place, training):
+def test_two_ranks_together_see_the_batches_of_one(place, training):
     expected = list(batches(place, 14, training=training))
     options = dict(training=training, world_size=2)
     of_ranks = [list(batches(place, 7, rank=rank, **options)) for rank in (0, 1)]
     together = [
-        [torch.cat(tensors) for tensors in zip(*both, strict=True)]
-        for both in zip(*of_ranks, strict=True)
+        (torch.cat((x0, x1)), torch.cat((y0, y1)))
+        for (x0, y0), (x1, y1) in zip(*of_ranks, strict=True)
     ]
-    assert same(expected, together)
+    assert equal(expected, together)
 
 
-def search(place, workers, epochs, state=None):
-    """Batches of a search, from two halves and one generator, and its state after each epoch."""
+def batches_of_a_search(place, workers, epochs, state=None):
+    """Batches of both halves, which use one generator, and its state after each epoch."""
     train, _ = load(place, workers)
     generator = torch.Generator().manual_seed(7)
     if state is not None:
@@ -109,38 +107,32 @@ def search(place, workers, epochs, state=None):
         for batch in weight_half:
             seen += [batch, next(arch)]
         states.append(generator.get_state())
-    assert len(weight_half) == 8 and len(arch_half) == 5  # a pass over arch_half is incomplete
+    assert len(weight_half) == 8 and len(arch_half) == 5  # so one pass of arch_half is incomplete
     return seen, states
 
 
-def test_a_search_resumes_bitwise_with_any_number_of_workers(place):
-    expected, states = search(place, 0, 3)
+def test_a_search_resumes_to_the_bit_with_any_number_of_workers(place):
+    expected, states = batches_of_a_search(place, 0, 3)
     for workers in (1, 2):
-        found, others = search(place, workers, 3)
-        assert same(found, expected)
+        found, others = batches_of_a_search(place, workers, 3)
+        assert equal(found, expected)
         assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
-        resumed, others = search(place, workers, 2, states[0])
-        assert same(resumed, expected[16:]) and torch.equal(others[-1], states[-1])
+        resumed, others = batches_of_a_search(place, workers, 2, states[0])
+        assert equal(resumed, expected[16:]) and torch.equal(others[-1], states[-1])
 
 
-def test_two_halves_divide_the_workers_in_training(place):
+def test_the_halves_of_a_search_divide_the_workers(place):
     train, _ = load(place, workers=2)
     halves = [train.subset(half) for half in data.split(train.labels, 0.5, 0)]
     before = set(multiprocessing.active_children())
     streams = [iter(half.batches(6, train=True)) for half in halves]
     assert [len(y) for _, y in map(next, streams)] == [6, 6]
     assert len(set(multiprocessing.active_children()) - before) == 2
-    one = load(place, workers=1)[0].subset(torch.arange(6)).batches(6, train=True)
-    assert one.loader.num_workers == 1
 
 
-def test_subset(place):
-    train, _ = load(place, workers=1)
-    part = train.subset(torch.tensor([80, 2]))
-    assert len(part) == 2 and len(train) == 84 and part.labels.tolist() == [6, 0]
-    assert part.labels.dtype == torch.int64 and part.classes == train.classes
-    assert part.images.tolist() == [train.images[80], train.images[2]]
-    assert (part.image_size, part.device, part.workers) == (32, torch.device("cpu"), 1)
+# ------------------------------------------------------------------------------------------------
+# Failures
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_dies_is_reported(place, monkeypatch):
@@ -150,7 +142,7 @@ def test_a_worker_that_dies_is_reported(place, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_errors_of_the_code_are_not_hidden(place, monkeypatch, workers):
+def test_an_error_in_the_code_keeps_its_type(place, monkeypatch, workers):
     def read(path):
         raise RuntimeError("mine")
 
@@ -163,24 +155,23 @@ def test_errors_of_the_code_are_not_hidden(place, monkeypatch, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_damaged_image_is_named(tmp_path, workers, training):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_image_is_named(tmp_path, workers, split):
     imagenet_of_digits(tmp_path)
-    for split in ("train", "val"):
-        damaged = next((tmp_path / split / "n00000002").iterdir())
-        damaged.write_bytes(damaged.read_bytes()[:-200])
-        with pytest.raises(UserError, match=f"{damaged} cannot be read .*truncated"):
-            list(batches(tmp_path, 8, training=split == "train", workers=workers))
+    damaged = next((tmp_path / split / "n00000002").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    with pytest.raises(UserError, match=f"{damaged} cannot be read .*truncated"):
+        list(batches(tmp_path, 8, training=split == "train", workers=workers))
 
 
 def test_signals_to_all_processes_end_the_workers_silently(place, capfd):
     one = batches(place, 8, workers=2)
-    passing = iter(one)
-    next(passing), next(passing)  # one from each worker, so the signal handlers are installed
+    iterator = iter(one)
+    next(iterator), next(iterator)  # one from each worker, so the signal handlers are installed
     workers = one.loader._iterator._workers
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
-    assert len(list(passing)) == 9  # workers ignore SIGINT
+    assert len(list(iterator)) == 9  # workers ignore SIGINT
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         worker.join(20)
@@ -188,39 +179,26 @@ def test_signals_to_all_processes_end_the_workers_silently(place, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_augmentations_of_other_data_sets_are_refused(place):
+    with pytest.raises(UserError, match="give --no-cutout"):
+        batches(place, 16, cutout_length=16)
+    with pytest.raises(UserError, match="without brightness: leave it out"):
+        batches(place, 16, cutout_length=0, brightness=0.5)
+
+
 # ------------------------------------------------------------------------------------------------
 # Folders
 # ------------------------------------------------------------------------------------------------
 
 
-def folder(root, *files):
-    for name in files:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
-@pytest.mark.parametrize("files, message", [
-    (["train/a/1.png", "train/b/1.png", "test/a/1.png"], "no folder val/"),
-    (["val/a/1.png", "val/b/1.png"], "no folder train/"),
-    (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], "lacks: c;"),
-])
-def test_folders_in_another_layout(tmp_path, files, message):
-    folder(tmp_path, *files)
-    with pytest.raises(UserError, match=message):
+def test_the_test_folder_must_be_val(place, tmp_path):
+    for name, original in (("train", "train"), ("test", "val")):
+        (tmp_path / name).symlink_to(place / original)
+    with pytest.raises(UserError, match="no folder val/"):
         load(tmp_path)
 
 
-def test_labels_follow_the_training_folders(tmp_path):
-    folder(tmp_path, "train/a/1.png", "train/b/1.JPEG", "train/c/x/1.jpg", "val/c/2.png",
-           "val/c/note.txt")
-    lines = []
-    train, val = load(tmp_path, log=lines.append)
-    assert train.classes == val.classes == ["a", "b", "c"]
-    assert train.labels.tolist() == [0, 1, 2] and val.labels.tolist() == [2]
-    assert len(lines) == 1 and "lacks classes" in lines[0] and "a, b" in lines[0]
-
-
-def test_validation_images_alone_for_a_network(place, tmp_path):
+def test_validation_images_can_be_loaded_without_training_images(place, tmp_path):
     (tmp_path / "val").symlink_to(place / "val")
     train, val = imagenet.load("imagenet", tmp_path, 32, log=pytest.fail, test_only=True)
     assert train is None and val.counts() == [4] * 7 and val.mean == imagenet.MEAN
@@ -229,13 +207,3 @@ def test_validation_images_alone_for_a_network(place, tmp_path):
     ((x, y),) = converted.batches(28, train=False)
     assert y.tolist() == [6 - label for label in val.labels]
     assert x.min() >= 0 and x.max() <= 1
-
-
-def test_invalid_arguments_of_batches(place):
-    with pytest.raises(UserError, match="43 for each of 2 ranks is too large for the 84 images"):
-        batches(place, 43, rank=0, world_size=2)
-    with pytest.raises(UserError, match="without cutout_length: give --no-cutout"):
-        batches(place, 16, cutout_length=16)
-    with pytest.raises(UserError, match="imagenet is augmented without brightness: leave it out"):
-        batches(place, 16, cutout_length=0, brightness=0.5)
-    assert len(batches(place, 16, cutout_length=0, brightness=0.0)) == 6
