@@ -445,8 +445,8 @@ def _image_folder(root, names):
             except OSError as error:  # no class folders, a class without images, no permission
                 reason = str(error).rstrip(".")
                 raise UserError(f"{reason}: images have to be in {folder}/<class>/") from None
-    raise UserError(f"{root} has no folder {' or '.join(f'{name}/' for name in names)}: add it, "
-                    "with a folder of images for each class")
+    raise UserError(f"{root} has no folder {' or '.join(f'{name}/' for name in names)}: give the "
+                    "folder that contains it")
 
 
 def _paths_and_labels(folder, classes):

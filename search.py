@@ -417,7 +417,7 @@ def log_recovery(run, row, epoch):
                 text = f"{text}→frozen" if distance else "frozen"
             texts.append(text)
         run.log(f"    change of the normal codes: {' '.join(texts[:genotypes.NODES])}")
-        run.log(f"    change of the reduction codes: {' '.join(texts[genotypes.NODES:])}")
+        run.log(f"    change of the reduce codes: {' '.join(texts[genotypes.NODES:])}")
 
 
 def log_changes(run, before, genotype, epoch):

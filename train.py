@@ -273,8 +273,10 @@ def read_arch(arch):
     """Load the genotype of --arch."""
     try:
         return genotypes.load(arch)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise utils.UserError(f"--arch: {error}") from None
+    except OSError as error:
+        raise utils.UserError(f"--arch {arch} cannot be read: {error.strerror}") from None
 
 
 def cost(net, image_size):

@@ -69,10 +69,11 @@ def record_hyperparameters(*optimizers):
     """Store in each group of optimizers the hyperparameters it was constructed with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            group["class"] = type(optimizer).__name__
             group["built"] = {
                 name: value.item() if isinstance(value, torch.Tensor) else value
                 for name, value in group.items()
-                if name not in ("params", "built", *DEVICE_OPTIONS)
+                if name not in ("params", "class", "built", *DEVICE_OPTIONS)
             }
 
 
@@ -80,8 +81,13 @@ def load_optimizer(optimizer, state, log=print):
     """Load an optimizer's state dict, except for `DEVICE_OPTIONS` and edited hyperparameters.
 
     If the code now constructs the optimizer with another hyperparameter than the saved run did, the
-    new one is used, and `log` gets a line.
+    new one is used, and `log` gets a line. An optimizer of another class keeps its own state.
     """
+    now = type(optimizer).__name__
+    before = state["param_groups"][0].get("class", now)
+    if before != now:
+        log(f"the optimizer is now {now} instead of {before}, so it starts without a state")
+        return
     groups = []
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
         group = {**saved, **{name: own[name] for name in DEVICE_OPTIONS if name in own}}

@@ -273,8 +273,10 @@ def check_imagenet(args, linear):
 def checkpoint_path(resume):
     """Path of the checkpoint of --resume, which names a run folder or its checkpoint.pt."""
     path = os.path.join(resume, "checkpoint.pt") if os.path.isdir(resume) else resume
+    if not os.path.exists(path):
+        raise UserError(f"--resume {resume}: {path} does not exist")
     if not os.path.isfile(path):
-        raise UserError(f"--resume {resume}: there is no checkpoint at {path}")
+        raise UserError(f"--resume {resume}: {path} is not a checkpoint")
     return path
 
 
@@ -304,8 +306,8 @@ def fit_to_data(args, images, published, world_size, log):
         log(f"{world_size} ranks with --batch_size {args.batch_size}: a batch of {total_batch}")
     batch, rate = published["batch_size"], published["learning_rate"]
     if total_batch != batch and "learning_rate" not in args.typed:
-        log(f"note: --learning_rate {rate:g} is published for batches of {batch} images; for "
-            f"{total_batch} the linear rule gives --learning_rate {rate * total_batch / batch:.3g}")
+        log(f"note: --learning_rate {rate:g} is published for batches of {batch}; for "
+            f"{total_batch} the linear rule would give {rate * total_batch / batch:.3g}")
 
 
 def data_flags(args):
@@ -320,6 +322,9 @@ def data_flags(args):
 
 
 def cutout_flag(args):
-    """The flag that train.py needs if images are too small for the published cutout."""
-    small = args.dataset != "imagenet" and args.image_size < 32
-    return f" --cutout_length {args.image_size // 2}" if small else ""
+    """The cutout flag with which train.py continues, if images are small or cutout is off."""
+    if "cutout" in args.typed and not args.cutout:
+        return " --no-cutout"
+    if args.dataset != "imagenet" and args.image_size < 32:
+        return f" --cutout_length {args.image_size // 2}"
+    return ""

@@ -146,6 +146,9 @@ class Run:
                 can_grow = checkpoint["phase"] == "searching"
             if name in RESUME_OVERRIDES or (can_grow and value > merged[name]):
                 merged[name] = value
+            elif can_grow and value < merged[name]:
+                raise UserError(f"--{name} {value} is smaller than {merged[name]}, the value of "
+                                f"the run in {args.resume}: give a larger one, or start a new run")
             elif merged.get(name) != value:
                 raise UserError(
                     f"--{name} {value} contradicts the run in {args.resume}, which has "
@@ -188,7 +191,7 @@ class Run:
             self.log(text, wrap=False)
         self._record_start()
         self._copy_sources()
-        self.columns = {"epoch": "{name}", **columns, "GiB": "{peak_memory_gib:.2f}",
+        self.columns = {"epoch": "{name}", **columns, "peak GiB": "{peak_memory_gib:.2f}",
                         "time": "{time}", "left": "{left}"}
         self.log(table_row(self.columns, self.columns), wrap=False)
 
@@ -498,7 +501,7 @@ def format_cell(text, row):
         return "–"
 
 
-WIDTHS = {"epoch": 9, "GiB": 5, "time": 10, "left": 11}  # of columns wider than their heading
+WIDTHS = {"epoch": 9, "time": 10, "left": 11}  # of columns wider than their heading
 
 
 def table_row(texts, columns):

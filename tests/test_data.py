@@ -1,7 +1,6 @@
-"""data.py: augmentation against torchvision's transforms, batches, and loading."""
+"""data.py: augmentation, batches, and loading of data sets."""
 
 import hashlib
-import io
 import pickle
 import urllib.error
 from itertools import zip_longest
@@ -30,7 +29,7 @@ def seeded(seed=0):
 
 
 def raw(x):
-    """Undo the normalization: pixels from 0 to 255."""
+    """Undo the normalization; return pixels from 0 to 255."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return ((x * std + mean) * 255).round().long()
 
@@ -42,7 +41,7 @@ def make_images(n, size=8, classes=2, **about):
 
 
 def numbered(n):
-    """Images with labels 0, 1, ..., n - 1, and all pixels equal to the label."""
+    """Images with the labels 0, 1, ..., n - 1; all pixels equal the label."""
     images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(n, 3, 8, 8).contiguous()
     return Images(images, torch.arange(n), [str(i) for i in range(n)], MEAN, STD)
 
@@ -56,7 +55,7 @@ N = 162 * 60  # 81 offsets x 2 flips, 60 of each expected
 
 @pytest.fixture(scope="module")
 def crops():
-    """An image with row and column as channels; N augmentations; offset, flip of each."""
+    """An image of rows and columns, N augmentations of it, and their offsets and flips."""
     row, column = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
     noise = torch.randint(1, 256, (16, 16), generator=seeded(3))
     image = torch.stack((row + 1, 100 + column, noise)).byte()
@@ -68,7 +67,7 @@ def crops():
     return image, x, top, left, flipped.long()
 
 
-def test_crops_and_flips_are_those_of_torchvision(crops):
+def test_crops_and_flips_equal_those_of_torchvision(crops):
     image, x, top, left, flipped = crops
     combination = (top * 9 + left) * 2 + flipped
     assert set(combination.tolist()) == set(range(162))
@@ -86,21 +85,13 @@ def test_offsets_and_flips_are_uniform_and_independent(crops):
     _, _, top, left, flipped = crops
     combination = (top * 9 + left) * 2 + flipped
     assert chisquare(combination.bincount(minlength=162)).pvalue > UNLIKELY
-    for values, n in ((top, 9), (left, 9), (flipped, 2)):  # of neighbors in the batch
+    for values, n in ((top, 9), (left, 9), (flipped, 2)):  # neighbors in the batch
         pairs = (values[:-1] * n + values[1:]).bincount(minlength=n * n)
         assert chi2_contingency(pairs.view(n, n)).pvalue > UNLIKELY
 
 
-def test_normalize_is_torchvisions():
-    x = torch.arange(256).repeat(3).view(1, 3, 16, 16).byte()
-    expected = TF.normalize(x.float() / 255, MEAN, STD)
-    got = data.normalize(x, MEAN, STD)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
-
-
 def darts_masks(size, length):
-    """Mask of every center, (size * size, size, size): 0 in the square, by DARTS' formula."""
+    """The mask of DARTS for each center: (size * size, size, size), 0 in the square."""
     masks = np.ones((size, size, size, size), np.float32)
     for y in range(size):
         for x in range(size):
@@ -112,7 +103,7 @@ def darts_masks(size, length):
 
 
 @pytest.mark.parametrize("length, size", [(6, 12), (5, 12), (16, 32)])
-def test_cutout_is_that_of_darts(length, size):
+def test_cutout_equals_that_of_darts_at_uniform_centers(length, size):
     n = 100 * size**2 if size < 32 else 500
     white = torch.full((n, 3, size, size), 255, dtype=torch.uint8)
     x = data.augment(white, MEAN, STD, flip=True, cutout_length=length, generator=seeded(4))
@@ -130,7 +121,7 @@ def test_cutout_is_that_of_darts(length, size):
 
 
 # ------------------------------------------------------------------------------------------
-# Batches, split
+# Batches and split
 # ------------------------------------------------------------------------------------------
 
 
@@ -143,22 +134,23 @@ def test_too_few_images_for_a_batch(n, train, message):
         Batches(numbered(n), 4, train=train)
 
 
-def test_evaluation_is_in_order_and_only_normalized():
+def test_evaluation_keeps_the_order_and_only_normalizes():
     images = make_images(10)
-    x, y = (torch.cat(parts) for parts in zip(*Batches(images, 4, train=False), strict=True))
+    batches = images.batches(4, train=False, cutout_length=4)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert torch.equal(x, data.normalize(images.images, MEAN, STD))
     assert torch.equal(y, images.labels)
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
 
 
-def test_training_passes_over_every_image_in_new_orders():
+def test_each_training_epoch_contains_every_image_once_in_a_new_order():
     batches = Batches(numbered(50), 8, train=True, generator=seeded())
     assert len(batches) == len(list(batches)) == 7
     orders = []
     for _ in range(2):
         for x, y in batches:
             assert x.dtype == torch.float32 and y.dtype == torch.int64
-            assert torch.equal(raw(x).amax((1, 2, 3)), y)  # image and label stay together
+            assert torch.equal(raw(x).amax((1, 2, 3)), y)  # each image has its label
             orders.append(y)
     first, second = torch.cat(orders).split(50)
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(50))
@@ -166,32 +158,18 @@ def test_training_passes_over_every_image_in_new_orders():
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_flip_and_cutout_are_for_training_only(flip):
+def test_training_flips_images_if_allowed_and_cuts_out(flip):
     ramps = torch.arange(16, dtype=torch.uint8).expand(64, 3, 16, 16).contiguous()
     images = Images(ramps, torch.zeros(64).long(), ["a"], MEAN, STD, flip)
     ((x, _),) = images.batches(64, train=True, generator=seeded())
     assert (raw(x)[:, 0, 8, 7] > raw(x)[:, 0, 8, 8]).any() == flip
     ((x, _),) = images.batches(64, train=True, cutout_length=4, generator=seeded())
     assert ((x == 0).sum((1, 2, 3)) >= 3 * 2 * 2).all()
-    ((x, _),) = images.batches(64, train=False, cutout_length=4)
-    assert (x == 0).sum() == 0
 
 
-def test_a_pass_depends_on_nothing_but_the_generator():
-    def passes(generator):
-        batches = make_images(21).batches(5, train=True, cutout_length=4, generator=generator)
-        return [x for _ in range(2) for x, _ in batches]
-
-    expected = passes(seeded())
-    torch.manual_seed(1)
-    for a, b in zip(expected, passes(seeded()), strict=True):
-        assert torch.equal(a, b)
-    assert not torch.equal(expected[0], expected[5])
-
-
-def test_endless_repeats_and_resumes_at_the_start_of_an_epoch():
+def test_endless_batches_repeat_and_depend_only_on_the_generator():
     generator = seeded()
-    batches = Batches(numbered(10), 4, train=True, generator=generator)
+    batches = Batches(numbered(10), 4, train=True, generator=generator, cutout_length=4)
 
     def epoch(steps):
         stream = batches.endless()
@@ -202,6 +180,7 @@ def test_endless_repeats_and_resumes_at_the_start_of_an_epoch():
     assert not torch.equal(labels[:10], labels[10:])
     state = generator.get_state()
     expected = epoch(4) + epoch(4)
+    torch.manual_seed(1)  # the global generator has no effect
     generator.set_state(state)
     for (x, y), (x_again, y_again) in zip(expected, epoch(4) + epoch(4), strict=True):
         assert torch.equal(x, x_again) and torch.equal(y, y_again)
@@ -211,7 +190,7 @@ def test_endless_repeats_and_resumes_at_the_start_of_an_epoch():
 @given(
     n=st.integers(1, 60), size=st.integers(1, 9), world_size=st.integers(2, 4), train=st.booleans()
 )
-def test_ranks_together_see_what_a_single_one_sees(n, size, world_size, train):
+def test_ranks_together_see_the_batches_of_one(n, size, world_size, train):
     assume(not train or (n >= world_size * size and size > 1))
     images, options = numbered(n), dict(train=train, cutout_length=4 * train)
 
@@ -233,8 +212,7 @@ def test_ranks_together_see_what_a_single_one_sees(n, size, world_size, train):
 
 
 @pytest.mark.parametrize("images, batch_size, world_size, sizes", [
-    (84, 8, 2, [8] * 5 + [2]), (83, 8, 2, [8] * 5), (87, 8, 2, [8] * 5 + [3]),
-    (33, 16, 1, [16, 16]), (34, 16, 1, [16, 16, 2]), (32, 4, 3, [4, 4, 2]), (3, 4, 2, []),
+    (84, 8, 2, [8] * 5 + [2]), (83, 8, 2, [8] * 5), (33, 16, 1, [16, 16]), (3, 4, 2, []),
 ])
 def test_training_batches_have_the_same_size_on_all_ranks(images, batch_size, world_size, sizes):
     for rank in range(world_size):
@@ -245,12 +223,13 @@ def test_training_batches_have_the_same_size_on_all_ranks(images, batch_size, wo
 @pytest.mark.parametrize("train", [True, False])
 def test_channels_last(train):
     images = make_images(6)
-    options = dict(train=train, cutout_length=4, generator=seeded())
-    ((x, _),) = images.batches(6, memory_format=torch.channels_last, **options)
-    options["generator"].manual_seed(0)
-    ((contiguous, _),) = images.batches(6, **options)
-    assert x.is_contiguous(memory_format=torch.channels_last) and contiguous.is_contiguous()
-    assert torch.equal(x, contiguous)
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        options = dict(cutout_length=4, generator=seeded(), memory_format=memory_format)
+        ((x, _),) = images.batches(6, train=train, **options)
+        assert x.is_contiguous(memory_format=memory_format)
+        found.append(x)
+    assert torch.equal(*found)
 
 
 def test_labels_are_converted_to_those_of_a_network():
@@ -278,7 +257,7 @@ def test_subset_and_counts():
     st.lists(st.sampled_from([0, 0, 1, 1, 1, 2, 5]), max_size=60), st.floats(0, 1),
     st.integers(0, 2**63 - 1),
 )
-def test_split_is_stratified(labels, portion, seed):
+def test_split_is_stratified_and_reproducible(labels, portion, seed):
     labels = torch.tensor(labels, dtype=torch.int64)
     first, second = data.split(labels, portion, seed)
     assert first.dtype == second.dtype == torch.int64
@@ -288,21 +267,20 @@ def test_split_is_stratified(labels, portion, seed):
     for label in labels.unique():
         exact = portion * (labels == label).sum().item()
         assert abs((labels[first] == label).sum().item() - exact) < 1
-    again = data.split(labels, portion, seed)
-    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+    assert torch.equal(first, data.split(labels, portion, seed)[0])
 
 
 # ------------------------------------------------------------------------------------------
-# load
+# Loading
 # ------------------------------------------------------------------------------------------
 
 
-def quiet(line):
+def no_log(line):
     raise AssertionError(f"unexpected: {line}")
 
 
 def write_folder(root, files):
-    """``files``: path below root → PIL image, bytes, or a color of an 8 x 8 PNG."""
+    """Write files: path below root → PIL image, bytes, or the color of an 8 x 8 PNG."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,8 +293,8 @@ def write_folder(root, files):
     return root
 
 
-def minimal(root, files=None):
-    """A valid data set of two classes, and other files."""
+def write_minimal(root, files=None):
+    """Write a valid data set of two classes, and other files."""
     good = [f"{split}/{name}/0.png" for split in ("train", "test") for name in ("blue", "red")]
     return write_folder(root, {path: path.split("/")[1] for path in good} | (files or {}))
 
@@ -328,15 +306,9 @@ def palette_image():
     return image
 
 
-def encoded(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
 MODES = {
     "L.png": (Image.new("L", (8, 8), 77), (77, 77, 77)),
-    "RGB.JPeG": (encoded(Image.new("RGB", (8, 8), (120, 120, 120)), "jpeg"), (120, 120, 120)),
+    "RGB.JPeG": (Image.new("RGB", (8, 8), (120, 120, 120)), (120, 120, 120)),
     "P_transparent.png": (palette_image(), (10, 200, 30)),
     "RGBA.png": (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), (10, 20, 30)),
     "CMYK.tif": (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), (0, 255, 255)),
@@ -344,18 +316,17 @@ MODES = {
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_every_mode_is_converted_to_rgb(tmp_path, name, recwarn):
+def test_images_of_all_modes_are_converted_to_rgb(tmp_path, name, recwarn):
     image, color = MODES[name]
-    root = minimal(tmp_path, {f"train/a/{name}": image})
+    root = write_minimal(tmp_path, {f"train/a/{name}": image})
     train, _ = data.load("imagefolder", root, image_size=8, log=list)
-    tolerance = 2 if name.endswith("JPeG") else 0
     expected = torch.tensor(color).view(3, 1, 1)
-    assert (train.images[0].long() - expected).abs().max() <= tolerance
+    assert (train.images[0].long() - expected).abs().max() <= 2  # JPEG is not exact
     assert not recwarn
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_folder_layout(tmp_path, workers, capsys):
+def test_labels_and_order_of_a_folder(tmp_path, workers, capsys):
     write_folder(tmp_path, {
         "train/zebra/2.png": (2, 0, 0), "train/zebra/10.png": (1, 0, 0),
         "train/Ape/deep/er/x.JPG": (0, 0, 0), "train/cat/y.png": (3, 0, 0),
@@ -370,73 +341,50 @@ def test_folder_layout(tmp_path, workers, capsys):
     assert train.labels.tolist() == [0, 1, 2, 2] and test.labels.tolist() == [0, 2]
     assert train.images[:, 0].amax((1, 2)).tolist() == [0, 3, 1, 2]  # sorted by name
     assert test.images[:, 0].amax((1, 2)).tolist() == [4, 5]
-    assert train.flip and test.flip and train.labels.dtype == torch.int64
-    assert train.images.is_contiguous()
-    assert capsys.readouterr() == ("", "")  # a progress bar is for terminals only
+    assert train.flip and test.flip and train.images.is_contiguous()
+    assert capsys.readouterr() == ("", "")  # a progress bar is shown only in a terminal
 
 
-def test_images_of_other_sizes_are_resized_and_reported(tmp_path):
+def test_images_of_other_sizes_are_resized_with_antialiasing(tmp_path):
     stripes = np.zeros((32, 16, 3), np.uint8)
-    stripes[:, ::2] = 255  # gray if antialiased, stripes otherwise
-    root = minimal(tmp_path, {"train/blue/1.png": Image.fromarray(stripes)})
+    stripes[:, ::2] = 255  # gray if antialiased
+    root = write_minimal(tmp_path, {"train/blue/1.png": Image.fromarray(stripes)})
     lines = []
     train, _ = data.load("imagefolder", root, 8, log=lines.append)
     assert lines == ["resized 1 of 3 images to 8 x 8"]
     assert (train.images[1].long() - 128).abs().max() < 30
 
 
-GOOD_PNG = encoded(Image.new("RGB", (8, 8), "red"), "png")
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("files, remove, message", [
+@pytest.mark.parametrize("files, removed, message", [
     ({}, "train", r"no folder train/"),
     ({}, "test", r"no folder test/ or val/"),
     ({"train/green/notes.txt": b""}, None, r"green.*train/<class>/"),
     ({"test/green/0.png": "green", "test/gray/0.png": "gray"}, None,
      r"test has classes that .*train lacks: gray, green;"),
-    ({"test/blue/1.png": b"not an image"}, None, r"test/blue/1.png cannot be read"),
-    ({"train/blue/1.png": GOOD_PNG[:-30]}, None, r"train/blue/1.png cannot be read"),
-    ({"train/blue/1.jpg": encoded(NOISE, "jpeg")[:-900]}, None,
-     r"train/blue/1.jpg cannot be read.*truncated"),
-    ({"train/blue/a\nb.png": b"no"}, None, r"train/blue/a b.png cannot be read"),
-    *(({"train/blue/1.tif": Image.fromarray(np.zeros((8, 8), dtype))}, None,
-       r"blue/1.tif cannot be read as an 8-bit image") for dtype in ("uint16", "int32", "float32")),
+    ({"test/blue/a\nb.png": b"not an image"}, None, r"test/blue/a b.png cannot be read"),
+    ({"train/blue/1.tif": Image.fromarray(np.zeros((8, 8), "uint16"))}, None,
+     r"blue/1.tif cannot be read as an 8-bit image"),
 ])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_invalid_folder_is_reported(tmp_path, files, remove, message, workers):
-    root = minimal(tmp_path / "set", files)
-    if remove:
-        (root / remove).rename(tmp_path / "elsewhere")
+def test_an_invalid_folder_is_refused(tmp_path, files, removed, message):
+    root = write_minimal(tmp_path / "set", files)
+    if removed:
+        (root / removed).rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=message) as info:
-        data.load("imagefolder", root, 8, workers=workers, log=list)
+        data.load("imagefolder", root, 8, workers=2, log=list)
     assert str(root) in str(info.value) and "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("train_file, message", [
-    ("train/a/0.png", r"train has a single class \(a\)"),
-    ("train/0.png", "train/<class>/"),
-])
-def test_too_few_classes(tmp_path, train_file, message):
-    root = write_folder(tmp_path, {"test/a/0.png": "red", train_file: "red"})
-    with pytest.raises(UserError, match=message):
-        data.load("imagefolder", root)
-
-
-def test_test_images_alone(tmp_path):
-    root = minimal(tmp_path, {"train/red/1.png": b"broken", "train/green/0.png": "green",
-                              "val/gray/0.png": "gray"})
-    with pytest.raises(UserError, match="1.png cannot be read"):
-        data.load("imagefolder", root, 8, log=list)
-    train, test = data.load("imagefolder", root, 8, log=quiet, test_only=True)
+def test_test_images_can_be_loaded_without_training_images(tmp_path):
+    root = write_minimal(tmp_path, {"train/red/1.png": b"broken", "val/gray/0.png": "gray"})
+    train, test = data.load("imagefolder", root, 8, log=no_log, test_only=True)
     assert train is None and test.labels.tolist() == [0, 1] and test.classes == ["blue", "red"]
     assert test.mean is None and test.std is None
     for name in ("train", "test"):
         (root / name).rename(tmp_path / f"not_{name}")
-    assert data.load("imagefolder", root, 8, log=quiet, test_only=True)[1].classes == ["gray"]
+    assert data.load("imagefolder", root, 8, log=no_log, test_only=True)[1].classes == ["gray"]
 
 
-def test_a_data_set_read_from_arrays(tmp_path, monkeypatch):
+def test_a_new_data_set_of_arrays(tmp_path, monkeypatch):
     def load_mine(root, **_):
         file = np.load(f"{root}/mine.npz")
         return (file["x"], file["y"]), (file["x"][:2], [1, 0]), np.array(["cat", "dog"])
@@ -447,7 +395,7 @@ def test_a_data_set_read_from_arrays(tmp_path, monkeypatch):
     x = np.random.default_rng(0).integers(0, (256, 128, 32), (2500, 4, 4, 3)).astype(np.uint8)
     x = x.transpose(0, 3, 1, 2)
     np.savez(tmp_path / "mine.npz", x=x, y=np.arange(2500, dtype=np.uint8) % 2)
-    train, test = data.load("mine", tmp_path, 4, log=quiet)
+    train, test = data.load("mine", tmp_path, 4, log=no_log)
     assert (train.images.numpy() == x).all() and test.labels.tolist() == [1, 0]
     assert train.labels.dtype == torch.int64 and train.images.is_contiguous() and train.flip
     assert train.classes == ["cat", "dog"] and type(train.classes[0]) is str
@@ -456,10 +404,10 @@ def test_a_data_set_read_from_arrays(tmp_path, monkeypatch):
     assert (test.mean, test.std) == (train.mean, train.std)
 
     none, test = data.load("mine", tmp_path, 8, test_only=True)
-    assert none is None and test.images.shape == (2, 3, 8, 8) and test.mean is not None
-    x[:, 1] = 7  # a constant channel
+    assert none is None and test.images.shape == (2, 3, 8, 8)
+    x[:, 1] = 7
     np.savez(tmp_path / "mine.npz", x=x, y=[0] * 2500)
-    assert data.load("mine", tmp_path, 4)[0].std[1] > 0
+    assert data.load("mine", tmp_path, 4)[0].std[1] > 0, "even of a constant channel"
     np.savez(tmp_path / "mine.npz", x=x / 255, y=[0] * 2500)
     with pytest.raises(TypeError, match="images must be uint8.*float64"):
         data.load("mine", tmp_path, 8)
@@ -469,21 +417,19 @@ def test_a_data_set_read_from_arrays(tmp_path, monkeypatch):
 
 
 def test_digits():
-    train, test = data.load("digits", "unused", 8, log=quiet)
-    digits = load_digits()
+    train, test = data.load("digits", "unused", 8, log=no_log)
     assert (len(train), len(test)) == (1438, 359)
     assert train.classes == [str(i) for i in range(10)] and not train.flip and not test.flip
     assert (test.labels.bincount() - 359 / 10).abs().max() < 2
-    gray = np.rint(digits.images * 255 / 16).astype(np.uint8)
-    got = {im[0].numpy().tobytes() for im in torch.cat((train.images, test.images))}
-    assert got == {im.tobytes() for im in gray} and train.images.max() == 255
+    gray = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+    found = {im[0].numpy().tobytes() for im in torch.cat((train.images, test.images))}
+    assert found == {im.tobytes() for im in gray}
     assert (train.images[:, :1] == train.images).all()
-    np.testing.assert_allclose(train.mean, 3 * [train.images.double().mean().item() / 255])
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def cifar(request, tmp_path, monkeypatch):
-    """A small data set in the format of CIFAR, with checksums to match."""
+    """A small data set in the format of CIFAR, with the right checksums."""
     name = request.param
     cls = CIFAR10 if name == "cifar10" else CIFAR100
     root, labels = tmp_path / "root", "labels" if name == "cifar10" else "fine_labels"
@@ -503,21 +449,19 @@ def cifar(request, tmp_path, monkeypatch):
     monkeypatch.setattr(cls, "test_list", [batch(file) for file, _ in cls.test_list])
     file, md5 = write(cls.meta["filename"], {cls.meta["key"]: ["ant", "bee", "cow"]})
     monkeypatch.setattr(cls, "meta", cls.meta | {"md5": md5})
-    monkeypatch.setattr(cls, "download", lambda self: None)
     return name, root, folder, cls
 
 
 def test_cifar(cifar):
     name, root, folder, cls = cifar
-    train, test = data.load(name, str(root), log=quiet)
+    train, test = data.load(name, str(root), log=no_log)
     assert train.classes == ["ant", "bee", "cow"] and train.flip
     for images, files in ((train, cls.train_list), (test, cls.test_list)):
         batches = [pickle.loads((folder / file).read_bytes()) for file, _ in files]
         pixels = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32)
         labels = sum((b.get("labels", b.get("fine_labels")) for b in batches), [])
         assert torch.equal(images.images, torch.from_numpy(pixels))
-        assert images.images.is_contiguous()
-        assert images.labels.tolist() == labels and images.labels.dtype == torch.int64
+        assert images.labels.tolist() == labels
     if name == "cifar10":
         assert (train.mean, train.std) == (MEAN, STD)
     else:
@@ -525,7 +469,7 @@ def test_cifar(cifar):
         np.testing.assert_allclose(train.std[0], std)
 
 
-def test_damaged_cifar(cifar):
+def test_damaged_cifar_is_refused(cifar):
     name, root, folder, cls = cifar
     path = folder / cls.test_list[0][0]
     path.write_bytes(path.read_bytes()[:-1] + b"!")
@@ -533,24 +477,20 @@ def test_damaged_cifar(cifar):
         data.load(name, root)
 
 
-def test_absent_cifar_that_cannot_be_downloaded(cifar, tmp_path, monkeypatch):
-    name, _, _, cls = cifar
+def test_a_failed_download_of_cifar_leaves_no_folder(tmp_path, monkeypatch):
     root = tmp_path / "new/empty"
 
     def download(self):
         root.mkdir(parents=True, exist_ok=True)
         raise urllib.error.URLError("no\nnetwork")
 
-    monkeypatch.setattr(cls, "download", download)
+    monkeypatch.setattr(CIFAR10, "download", download)
     with pytest.raises(UserError, match=f"{root}/.* download failed .*no network"):
-        data.load(name, root)
+        data.load("cifar10", root)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_of_images_is_not_mistaken_for_cifar(cifar, tmp_path, monkeypatch):
-    name, root, _, cls = cifar
-    monkeypatch.setattr(cls, "download", lambda self: pytest.fail("downloads"))
+def test_a_folder_of_images_is_not_mistaken_for_cifar(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "download", lambda self: pytest.fail("downloads"))
     with pytest.raises(UserError, match="images has train/: give --dataset imagefolder"):
-        data.load(name, minimal(tmp_path / "images"))
-    minimal(root)
-    assert len(data.load(name, root)[1]) == 4
+        data.load("cifar10", write_minimal(tmp_path / "images"))

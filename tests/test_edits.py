@@ -441,8 +441,8 @@ def has_last_pairs(run):
 
 RULE = Edit("""
 @@ model_search.py
--            size = np.abs(z)
-+            size = (z != 0) * np.arange(1, len(z) + 1)  # choose the last nonzero pairs
+-            magnitude = np.abs(z)
++            magnitude = (z != 0) * np.arange(1, len(z) + 1)  # choose the last nonzero pairs
 """, has_last_pairs)
 
 

@@ -1,11 +1,11 @@
-"""Forks the processes in which tests run the scripts.
+"""Fork the processes in which tests run the scripts.
 
-Importing torch takes seconds, and the tests run the scripts some hundred times. So one process
-imports the libraries, and none of this project's modules, and then forks one process a run. These
-are processes like any other: they have exit statuses and can be killed.
+Importing torch takes seconds, and the tests run the scripts hundreds of times. This process imports
+the libraries once, but no module of the project, and forks a process for each run. The processes
+have exit statuses and can be killed.
 
-Reads a JSON object a line from standard input: a job to start, answered with its process id, or a
-process id to wait for, answered with its exit status.
+It reads a JSON object per line from standard input: a job to start, answered with its process id,
+or a process id to wait for, answered with its exit status.
 """
 
 import faulthandler
@@ -21,7 +21,7 @@ LIBRARIES = [
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "sklearn.datasets",
-    "torch._dynamo",  # which optimizers import when they are made
+    "torch._dynamo",  # optimizers import it
     "torch.utils.flop_counter",
     "torch.utils.tensorboard",
     "torchvision.datasets",
@@ -40,13 +40,13 @@ def start(job):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for target, path in enumerate(job["output"], 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), target)
-        faulthandler.dump_traceback_later(200, exit=True)  # if it hangs, it says where
+        faulthandler.dump_traceback_later(200, exit=True)  # if it hangs
         sys.argv = job["argv"]
         sys.path[0] = str(Path(sys.argv[0]).parent)
-        if job["prelude"]:  # a file that changes the libraries, to provoke a failure
+        if job["prelude"]:  # a file that patches libraries
             runpy.run_path(job["prelude"])
         if not job["pictures"]:
-            draw_nothing()
+            disable_drawing()
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as error:
@@ -59,7 +59,7 @@ def start(job):
         os._exit(status)
 
 
-def draw_nothing():
+def disable_drawing():
     runs, visualize = map(importlib.import_module, ("harness.runs", "visualize"))
     visualize.draw_run = lambda path: []
     runs.Run.show_figure = lambda *args: None
