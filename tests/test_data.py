@@ -244,14 +244,6 @@ def test_labels_are_converted_to_those_of_a_network():
         make_images(6, classes=5).for_network(["x", "y"], mean, std)
 
 
-def test_subset_and_counts():
-    images = make_images(10, classes=3, flip=False)
-    part = images.subset(torch.tensor([7, 2]))
-    assert torch.equal(part.images, images.images[[7, 2]]) and part.labels.tolist() == [1, 2]
-    assert (part.classes, part.flip) == (["a", "b", "c"], False)
-    assert images.counts() == [4, 3, 3] and part.counts() == [0, 1, 1]
-
-
 @settings(deadline=None, database=None, max_examples=200, derandomize=True)
 @given(
     st.lists(st.sampled_from([0, 0, 1, 1, 1, 2, 5]), max_size=60), st.floats(0, 1),
@@ -308,7 +300,6 @@ def palette_image():
 
 MODES = {
     "L.png": (Image.new("L", (8, 8), 77), (77, 77, 77)),
-    "RGB.JPeG": (Image.new("RGB", (8, 8), (120, 120, 120)), (120, 120, 120)),
     "P_transparent.png": (palette_image(), (10, 200, 30)),
     "RGBA.png": (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), (10, 20, 30)),
     "CMYK.tif": (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), (0, 255, 255)),
@@ -321,7 +312,7 @@ def test_images_of_all_modes_are_converted_to_rgb(tmp_path, name, recwarn):
     root = write_minimal(tmp_path, {f"train/a/{name}": image})
     train, _ = data.load("imagefolder", root, image_size=8, log=list)
     expected = torch.tensor(color).view(3, 1, 1)
-    assert (train.images[0].long() - expected).abs().max() <= 2  # JPEG is not exact
+    assert (train.images[0] == expected).all()
     assert not recwarn
 
 
@@ -408,9 +399,6 @@ def test_a_new_data_set_of_arrays(tmp_path, monkeypatch):
     x[:, 1] = 7
     np.savez(tmp_path / "mine.npz", x=x, y=[0] * 2500)
     assert data.load("mine", tmp_path, 4)[0].std[1] > 0, "even of a constant channel"
-    np.savez(tmp_path / "mine.npz", x=x / 255, y=[0] * 2500)
-    with pytest.raises(TypeError, match="images must be uint8.*float64"):
-        data.load("mine", tmp_path, 8)
     np.savez(tmp_path / "mine.npz", x=x, y=[2] * 2500)
     with pytest.raises(UserError, match="labels from 2 to 2, and 2 classes"):
         data.load("mine", tmp_path, 8)

@@ -24,7 +24,6 @@ from scripts import (
 )
 from tensorboard.summary.writer import record_writer
 
-import data
 import genotypes
 import search as search_script
 import train as train_script
@@ -208,15 +207,6 @@ def test_help_lists_every_flag(tmp_path, prog):
     assert done.wait() == 0 and not done.stderr
     for action in PARSERS[prog]._actions:
         assert all(option in done.stdout for option in action.option_strings)
-
-
-def test_images_that_do_not_fit_in_memory_are_refused(place, tmp_path, monkeypatch):
-    def empty(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(data.np, "empty", empty)
-    flags = ["--dataset", "imagefolder", "--data", place / "images"]
-    check("search.py", 2, run("search.py", *flags, cwd=tmp_path, status=2).stderr, "out of memory")
 
 
 def test_a_search_does_not_resume_with_reordered_operations(place, monkeypatch):

@@ -97,15 +97,6 @@ def test_the_published_learning_rate():
     assert rate[245:] == pytest.approx([0.5 * (250 - t) / (5 * 245) for t in range(245, 250)])
 
 
-@pytest.mark.parametrize("epochs", [1, 4, 5, 6, 12])
-def test_the_learning_rate_of_short_runs_rises_and_then_falls(epochs):
-    factor = [utils.linear_with_warm_up(t, epochs) for t in range(epochs)]
-    top = min(epochs, 5) - 1
-    assert min(factor) > 0 and factor[top] == max(factor) == pytest.approx((top + 1) / 5)
-    assert factor[:top] == sorted(factor[:top])
-    assert factor[top:] == sorted(factor[top:], reverse=True)
-
-
 def test_label_smoothing_applies_to_both_losses():
     logits, logits_aux = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6)

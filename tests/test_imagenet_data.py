@@ -57,13 +57,6 @@ def test_validation_batches_are_those_of_torchvision(place, size, shorter_side):
     assert y.tolist() == [label for _, label in expected] and y.dtype == torch.int64
 
 
-def test_channels_last(place):
-    contiguous = list(batches(place, 20))
-    channels_last = list(batches(place, 20, memory_format=torch.channels_last))
-    assert equal(contiguous, channels_last) and all(x.is_contiguous() for x, _ in contiguous)
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in channels_last)
-
-
 def test_an_epoch_depends_only_on_the_generator(place):
     state = torch.get_rng_state()
     one = batches(place, 16)
@@ -184,18 +177,6 @@ def test_augmentations_of_other_data_sets_are_refused(place):
         batches(place, 16, cutout_length=16)
     with pytest.raises(UserError, match="without brightness: leave it out"):
         batches(place, 16, cutout_length=0, brightness=0.5)
-
-
-# ------------------------------------------------------------------------------------------------
-# Folders
-# ------------------------------------------------------------------------------------------------
-
-
-def test_the_test_folder_must_be_val(place, tmp_path):
-    for name, original in (("train", "train"), ("test", "val")):
-        (tmp_path / name).symlink_to(place / original)
-    with pytest.raises(UserError, match="no folder val/"):
-        load(tmp_path)
 
 
 def test_validation_images_can_be_loaded_without_training_images(place, tmp_path):
