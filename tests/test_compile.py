@@ -1,6 +1,7 @@
-"""`--compile` gives the same values with few compilations. Inductor itself is not run."""
+"""`--compile` gives the same values, and threads are limited. Inductor itself is not run."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -89,3 +90,19 @@ def test_compile_is_called_with_the_flag(monkeypatch, tmp_path):
     flags = ["--arch", "ISTA_twostage", *tiny, "--save", "train"]
     train.main(train.get_args_parser().parse_args(flags))
     assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize(("load", "chosen", "threads"), [(1.0, None, 2), (1.6, None, 1), (9, 2, 2)])
+def test_a_run_on_a_busy_machine_uses_one_thread(load, chosen, threads, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: 3 * (load * os.cpu_count(),))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(chosen))
+    before, lines = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        speedups.limit_threads(lines.append)
+        assert torch.get_num_threads() == threads
+        assert len(lines) == (threads == 1)
+    finally:
+        torch.set_num_threads(before)

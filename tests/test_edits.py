@@ -621,6 +621,17 @@ def test_edited_optimizer_numbers_replace_those_of_the_checkpoint(tmp_path):
     assert "because the code has changed" not in again
 
 
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
+def test_an_optimizer_of_another_class_starts_without_a_state(name, tmp_path):
+    script, *flags = TWO_STAGE
+    finish(ROOT / script, *flags, "--epochs", 1, "--save", "run", cwd=tmp_path)
+    sources = edited(tmp_path, optimizer_of_search(name).patch)
+    resumed = finish(sources / script, "--resume", "run", "--epochs", 2, cwd=tmp_path).stdout
+    assert f"the optimizer is now {name} instead of SGD" in resumed
+    again = finish(sources / script, "--resume", "run", "--epochs", 3, cwd=tmp_path).stdout
+    assert "the optimizer is now" not in again
+
+
 # ------------------------------------------------------------------------------------------------
 # Nodes, primitives, rules, data, pictures
 # ------------------------------------------------------------------------------------------------
