@@ -99,10 +99,8 @@ def evaluate(*flags):
 # Each command with a part of its error message.
 REFUSED_BY_THE_PARSER = [
     (search("--epochs", "0"), "at least 1"),
-    (search("--epochs", "1.5"), "at least 1"),
     (search("--recover_every", "day"), "at least 1"),
     (search("--batch_size", "1"), "at least 2"),
-    (search("--layers", "100000"), "at most 1000"),
     (search("--seed", str(2**64)), "at most 9223372036854775807"),
     (search("--learning_rate", "nan"), "number in (0, inf)"),
     (search("--lam", "0"), "number in (0, inf)"),
@@ -110,13 +108,10 @@ REFUSED_BY_THE_PARSER = [
     (search("--momentum", "1"), "number in [0, 1)"),
     (search("--train_portion", "1"), "number in (0, 1)"),
     (search("--epoch", "3"), "unrecognized"),  # abbreviations are not allowed
-    (search("stray"), "unrecognized"),
     (search("--epochs"), "expected one argument"),
     (search("--image_size", "30"), "multiple of 4"),
     (search("--learning_rate_min", "0.5"), "--learning_rate_min 0.5 is larger"),
-    (search("--dataset", "mnist"), "invalid choice"),
     (search("--sparseness", "15", "--proj_dims", "20"), "only 14 pairs"),
-    (search("--sparseness", "8"), "larger than --proj_dims 7"),
     (search("--distinct_edges", "--sparseness", "3"), "only 2 edges"),
     (search("--one_stage", "--recover_every", "10"), "one-stage search"),
     (search("--max_params", "3"), "two-stage search"),
@@ -137,14 +132,12 @@ REFUSED_BY_THE_PARSER = [
     (evaluate("no_such.pt"), "no such file"),
     (evaluate("train/network.pt", "--save", "measured"), "leave out --save"),
     (train("--weights", "nothing"), "is a folder"),
-    (train("--resume", "train", "--weights", "plain.pt"), "leave out"),
 ]
 
 REFUSED_BEFORE_TRAINING = [
     (search_digits("--device", "cuda"), "--device cuda"),
     (search_digits("--cuda_graphs"), "--cuda_graphs"),
     (search_digits("--solver", "mosek"), "license"),
-    (search_digits("--save", "/dev/null/x"), "Not a directory"),
     (search_digits("--init_channels", "200000"), "out of memory"),
     (search_digits("--batch_size", "720"), "--batch_size 720 is too large for the 719 images"),
     (search_folder("nothing"), "train"),
@@ -207,13 +200,6 @@ def test_help_lists_every_flag(tmp_path, prog):
     assert done.wait() == 0 and not done.stderr
     for action in PARSERS[prog]._actions:
         assert all(option in done.stdout for option in action.option_strings)
-
-
-def test_a_search_does_not_resume_with_reordered_operations(place, monkeypatch):
-    first, second, *others = genotypes.PRIMITIVES
-    monkeypatch.setattr(genotypes, "PRIMITIVES", [second, first, *others])
-    err = run("search.py", "--resume", "search", cwd=place, status=2).stderr
-    check("search.py", 2, err, "with other operations")
 
 
 @pytest.mark.parametrize("script", ["search.py", "train.py"])

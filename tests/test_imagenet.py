@@ -1,6 +1,5 @@
 """ImageNet in both scripts: settings, cost of the networks, and runs on small images."""
 
-import os
 import re
 import shlex
 import signal
@@ -12,7 +11,6 @@ from scripts import (
     Process,
     assert_same,
     assert_same_run,
-    await_checkpoint,
     imagenet_of_digits,
     rows,
     run,
@@ -164,17 +162,6 @@ def test_training_reports_top5_accuracy(place, trained):
         assert f"{row['test_accuracy']:.2f} {row['test_top5_accuracy']:.2f}" in trained
     about = saved(place / "training/network.pt")["about"]
     assert about["test_top5_accuracy"] == metrics[-1]["test_top5_accuracy"]
-
-
-def test_a_signal_to_all_processes_ends_the_run_without_errors_of_workers(place, tmp_path):
-    (tmp_path / "images").symlink_to(place / "images")
-    prelude = tmp_path / "prelude.py"
-    prelude.write_text("import os\nos.setpgid(0, 0)\n")  # a process group, with the workers
-    process = Process(*TRAIN, "--epochs", 99, "--save", "run", cwd=tmp_path, prelude=prelude)
-    await_checkpoint(tmp_path / "run")
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 128 + signal.SIGINT, process.stdout + process.stderr
-    assert process.stderr == "train.py: stopped by SIGINT\n"
 
 
 def test_evaluation_gives_the_same_result_from_every_file(place, trained):
