@@ -358,11 +358,11 @@ def _load_cifar(cls, root, **_):
         for path in absent:
             with contextlib.suppress(OSError):  # it does not exist, or is not empty
                 path.rmdir()
-        raise UserError(
-            f"{folder} is damaged: delete it to have it downloaded again" if is_there else
-            f"{folder} is not there and the download failed ({error}): extract the archive in "
-            f"{root}, or use --dataset digits or imagefolder"
-        ) from error
+        message = (f"{folder} does not exist, and the download failed ({error}): extract the "
+                   f"archive in {root}, or use --dataset digits or imagefolder")
+        if is_there:
+            message = f"{folder} is damaged: delete it, and it is downloaded again"
+        raise UserError(message) from error
     return (
         (train.data.transpose(0, 3, 1, 2), train.targets),
         (test.data.transpose(0, 3, 1, 2), test.targets),
@@ -476,7 +476,8 @@ def _decode(paths, image_size, workers, log):
         return needs_resize
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = (pool.map if workers else map)(read, range(len(paths)))
+        run_all = pool.map if workers else map
+        done = run_all(read, range(len(paths)))
         resized = sum(tqdm(done, "reading images", len(paths), leave=False, disable=None))
     if resized:
         log(f"resized {resized:,} of {len(paths):,} images to {image_size} x {image_size}")

@@ -200,16 +200,20 @@ def _solve_on_support(A, b, S, s):
     If elimination finds A_S singular, it raises LinAlgError. Near singularity may go unnoticed, and
     the result can be inaccurate.
     """
-    # Solve both conditions as one symmetric system of order m + k. The normal equations would
-    # square the condition number of A_S, which is 1e3 and more for a 7 x 7 support. So would an
-    # elimination that starts with the identity in front of r. With r / SYSTEM_SCALE as the unknown,
-    # that block becomes SYSTEM_SCALE times the identity, so the pivots are entries of A_S (Björck,
-    # BIT 1967). In exact arithmetic SYSTEM_SCALE does not change the solution.
+    # With sigma = SYSTEM_SCALE, solve both conditions as one symmetric system:
+    #
+    #     [ sigma I   A_S ] [ r / sigma ]   [       b       ]
+    #     [ A_S^T      0  ] [    z_S    ] = [ lam s / sigma ]
+    #
+    # sigma does not change the solution. It is small, so that elimination takes its pivots from
+    # A_S and not from the identity (Björck, BIT 1967). Pivots from the identity would lead to the
+    # normal equations, which square the condition number of A_S (1e3 and more for 7 x 7).
     # In numpy, one LU decomposition also takes half the time of a QR decomposition or an SVD.
     m, k = len(b), len(S)
     order = m + k
     K, rhs = np.zeros((order, order)), np.zeros((order, 2))
-    K[:m, m:] = A_S = A.take(S, axis=1)
+    A_S = A.take(S, axis=1)
+    K[:m, m:] = A_S
     K[m:, :m] = A_S.T
     K.flat[: m * order : order + 1] = SYSTEM_SCALE  # the first m entries of the diagonal
     rhs[:m, 0], rhs[m:, 1] = b, s / SYSTEM_SCALE

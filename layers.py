@@ -451,9 +451,10 @@ def _depthwise_input_gradient(g, x, weight, stride, dilation):
 
 
 # oneDNN has fast weight gradients only for undilated kernels with up to 3 columns; for all others
-# torch's code is up to 12 times slower. So compute three columns of the kernel at a time, at the
-# offsets -s, 0 and s (s = `spacing`): with (H, W, C) viewed as (H, W/s, s·C), pixels that are s
-# apart become adjacent. For a 5×5 kernel, s = 1 gives columns 1 to 3, and s = 2 columns 0, 2 and 4.
+# torch's code is up to 12 times slower. So compute 3 kernel columns at a time: -s, 0 and s. To do
+# so, fold s neighboring pixels of a row into the channels, (B, C, H, W) → (B, s·C, H, W/s). Kernel
+# columns that were s pixels apart are then adjacent. For a 5×5 kernel, s = 1 gives its columns 1 to
+# 3, and s = 2 its columns 0, 2 and 4.
 
 
 def _depthwise_weight_gradient(g, x, weight, stride, dilation):
@@ -482,8 +483,8 @@ def _depthwise_weight_gradient(g, x, weight, stride, dilation):
 def _three_columns(g, x, rows, dilation, spacing, stride=(1, 1)):
     """Return weight gradients at columns -spacing, 0 and spacing: (spacing, C, 1, rows, 3).
 
-    Entry i of the first dimension sums over the columns w = i modulo `spacing` of the images. With
-    stride (1, 1), the gradient is the sum of all entries.
+    Entry i holds the part of the gradient from image columns i, i + spacing, i + 2 spacing, ...
+    With stride (1, 1), the gradient is the sum of all entries.
     """
     channels = x.shape[1]
     height = dilation * (rows - 1) + 1  # of an undilated kernel that contains all rows

@@ -88,10 +88,10 @@ class Skeleton(nn.Module):
         """Return by name the values that select the kernels of a forward pass, besides shapes."""
         return {"training mode": self.training, "drop-path": self._drops_paths}
 
-    def forward(self, x, normal=(), reduce=()):                       # (B, 3, H, W)
+    def forward(self, x, normal_args=(), reduce_args=()):             # (B, 3, H, W)
         """Return logits and auxiliary logits, which are None in evaluation or without such a head.
 
-        `normal` and `reduce` are further arguments of the normal and of the reduction cells.
+        The supernet passes support and weights to the cells of each type.
         """
         if self.imagenet:
             s0 = self.stem0(x)                                        # (B, C, H/4, W/4)
@@ -101,7 +101,8 @@ class Skeleton(nn.Module):
         logits_aux = None
         keep = self.keep_prob if self.training and self._drops_paths else None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, keep, *(reduce if cell.reduction else normal))
+            cell_args = reduce_args if cell.reduction else normal_args
+            s0, s1 = s1, cell(s0, s1, keep, *cell_args)
             if i == self.auxiliary_layer and self.auxiliary and self.training:
                 logits_aux = self.auxiliary_head(s1)                  # (B, num_classes)
         pooled = self.global_pooling(s1).flatten(1)                   # (B, C of the last cell)

@@ -31,10 +31,10 @@ from operations import build, drop_path, last_norm
 class Recovery(NamedTuple):
     """Result of a recovery. Lists have an entry per node, normal nodes first."""
 
-    distance: list           # ‖z_new − z_last‖₂ to the last accepted code; 0 if frozen
+    distance: list           # ‖z_new − z‖₂ from the previously accepted code z; 0 if frozen
     frozen: list             # whether the code is final
     parameters: int | None   # of the retraining network; None if neither limit was given
-    rejected: bool           # whether these were too many, so that the last architecture stays
+    rejected: bool           # whether these were too many, so that the previous architecture stays
     not_converged: int       # codes for which the solver did not converge; homotopy solved these
     too_sparse: list         # whether the code has fewer than s nonzero entries
     lam_max: list            # ‖Aᵀb‖∞, the smallest λ at which the code is 0
@@ -193,11 +193,11 @@ class SparseCode(nn.Module):
         recovery, and its answer is ignored for frozen nodes.
         """
         support = []
-        for z, last in zip(codes, self.support, strict=True):
+        for z, previous in zip(codes, self.support, strict=True):
             magnitude = np.abs(z)
-            was_active = np.isin(np.arange(len(z)), pair_numbers(last))
-            # Sort by |z|, stably, so that ties go to the smaller number. Among zeros, the pairs of
-            # the last support come first: they fill up a code with fewer than s nonzero entries.
+            was_active = np.isin(np.arange(len(z)), pair_numbers(previous))
+            # Sort by |z|, stably, so that ties go to the smaller number. Among zeros, pairs of the
+            # previous support come first: they fill up a code with fewer than s nonzero entries.
             order = np.lexsort((~was_active & (magnitude == 0), -magnitude))
             if self.distinct_edges:
                 _, first = np.unique(order // len(PRIMITIVES), return_index=True)
@@ -388,7 +388,7 @@ class Network(Skeleton):
         return super().forward(x, normal, reduce)
 
     def active_modules(self):
-        idle = {m for *_, op in self.idle_operations() for m in op.modules()}
+        idle = {m for _, _, module in self.idle_operations() for m in module.modules()}
         return [m for m in self.modules() if m not in idle]
 
     def graph_key(self):
@@ -432,10 +432,10 @@ class Network(Skeleton):
         solver : str
             A name in `ista.SOLVERS`.
         freeze_tol : float, optional
-            Freeze a node when ‖z_new − z_last‖₂ ≤ freeze_tol.
+            Freeze a node when ‖z_new − z‖₂ ≤ freeze_tol.
         max_params : float, optional
             In millions. A candidate is rejected if its retraining network has as many parameters
-            or more: the last architecture stays, and no node freezes.
+            or more: the previous architecture stays, and no node freezes.
         broadcast : callable, optional
             Returns its argument of rank 0 on all ranks, because rounding may differ.
 
@@ -448,30 +448,30 @@ class Network(Skeleton):
         ista.SolverUnavailable
             If the package or the license of the solver is missing.
         """
-        codes, supports, not_converged = [], [], 0
+        new_z, supports, not_converged = [], [], 0  # for each cell type: 4 arrays, 4 lists of pairs
         for code in self.codes:
-            z, failures = code.solve(solver)
-            codes.append(z)
-            supports.append(code.choose_unfrozen(z))
+            solutions, failures = code.solve(solver)
+            new_z.append(solutions)
+            supports.append(code.choose_unfrozen(solutions))
             not_converged += failures
         lam_max = [*self.normal_code.lam_max(), *self.reduce_code.lam_max()]
         if broadcast:
-            codes, supports, lam_max = broadcast((codes, supports, lam_max))
+            new_z, supports, lam_max = broadcast((new_z, supports, lam_max))
 
         distance, too_sparse = [], []
-        for code, new in zip(self.codes, codes, strict=True):
-            for z, z_last in zip(new, to_arrays(code.z), strict=True):
-                distance.append(float(np.linalg.norm(z - z_last)))
+        for code, solutions in zip(self.codes, new_z, strict=True):
+            for z, z_previous in zip(solutions, to_arrays(code.z), strict=True):
+                distance.append(float(np.linalg.norm(z - z_previous)))
                 too_sparse.append(code.is_too_sparse(z))
 
         parameters, rejected = None, False
         if freeze_tol is not None or max_params is not None:
-            parameters = self.retraining_parameters(self.genotype(supports))
+            parameters = self.count_retraining_parameters(self.genotype(supports))
         if max_params is not None:
             rejected = parameters >= max_params * 1e6
         if not rejected:
-            for code, z, support in zip(self.codes, codes, supports, strict=True):
-                code.accept(z, support)
+            for code, solutions, support in zip(self.codes, new_z, supports, strict=True):
+                code.accept(solutions, support)
             if freeze_tol is not None:
                 nodes = zip(distance, too_sparse, strict=True)
                 self.freeze([d <= freeze_tol and not sparse for d, sparse in nodes])
@@ -519,7 +519,7 @@ class Network(Skeleton):
             for layer in cell.edges(j).modules() if isinstance(layer, nn.BatchNorm2d)
         ]
 
-    def retraining_parameters(self, genotype=None):
+    def count_retraining_parameters(self, genotype=None):
         """Number of parameters of the retraining network, without an auxiliary head."""
         with torch.device("meta"):
             net = self._retraining_network(genotype or self.genotype(), auxiliary=False)
@@ -532,21 +532,21 @@ class Network(Skeleton):
         )
 
     def idle_operations(self):
-        """Yield (mixed, k, operation) for each operation mixed._ops[k] outside the support."""
+        """Yield (mixed, op, module) for each module = mixed._ops[op] outside the support."""
         for cell in self.cells:
             support = self.codes[cell.reduction].support
             for j in range(NODES):
                 for edge, mixed in enumerate(cell.edges(j)):
-                    for k, op in enumerate(mixed._ops):
-                        if op is not None and (edge, k) not in support[j]:
-                            yield mixed, k, op
+                    for op, module in enumerate(mixed._ops):
+                        if module is not None and (edge, op) not in support[j]:
+                            yield mixed, op, module
 
     def prune(self):
         """Delete the operations outside the support, and return their parameters."""
         parameters = []
-        for mixed, k, op in self.idle_operations():
-            parameters += op.parameters()
-            mixed._ops[k] = None
+        for mixed, op, module in self.idle_operations():
+            parameters += module.parameters()
+            mixed._ops[op] = None
         return parameters
 
     def prune_like(self, state_dict):
@@ -555,8 +555,8 @@ class Network(Skeleton):
         for key in self.state_dict():
             name = operation_name(key)
             if name is not None and name not in present:
-                operations, _, k = name.rpartition(".")
-                self.get_submodule(operations)[int(k)] = None
+                operations, _, op = name.rpartition(".")
+                self.get_submodule(operations)[int(op)] = None
 
     @torch.no_grad()
     def absorb(self):
@@ -590,12 +590,12 @@ class Network(Skeleton):
             support, weights = support_and_weights(
                 self.codes[mixed_cell.reduction], self.classifier.weight.dtype
             )
-            ops = iter(cell._ops)
+            targets = iter(cell._ops)
             for j in range(NODES):
-                for (edge, k), w in zip(support[j], weights[j], strict=True):
-                    op = next(ops)
-                    op.load_state_dict(mixed_cell.edges(j)[edge]._ops[k].state_dict())
-                    absorb_weight(op, w)
+                for (edge, op), w in zip(support[j], weights[j], strict=True):
+                    target = next(targets)
+                    target.load_state_dict(mixed_cell.edges(j)[edge]._ops[op].state_dict())
+                    absorb_weight(target, w)
         self._check_same_outputs(net)
         return net.train(self.training)
 

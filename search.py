@@ -7,7 +7,7 @@
 
 Two-stage search: each step first updates the architecture parameters b (Adam, a batch of one half
 of the training images), then the weights (SGD, a batch of the other half). After each epoch the
-sparse codes are recovered from b. They determine the 2 operations that each node runs. The last
+sparse codes are recovered from b. They determine the 2 operations that each node runs. The final
 support is the genotype, which `train.py --arch RUN/genotype.json` trains from scratch.
 
 One-stage search: the supernet has the target size, and each step updates b and the weights. A node
@@ -265,9 +265,9 @@ def load_images(run, device):
     images train the weights and b, so the second item is None, and the third are the test images.
     """
     args = run.args
-    source = imagenet if args.dataset == "imagenet" else data
+    reader = imagenet if args.dataset == "imagenet" else data
     with distributed.rank_zero_first():
-        train, test = source.load(
+        train, test = reader.load(
             args.dataset, args.data, args.image_size, device, args.workers, run.log
         )
     run.check_data(train)
@@ -280,7 +280,7 @@ def load_images(run, device):
         weight_half, arch_half = (train.subset(half) for half in halves)
         parts = weight_half, arch_half, arch_half
         run.log(f"{args.dataset}: {len(weight_half)} images train the weights, {len(arch_half)} "
-                "others train b; valid loss and accuracy are of the images of b without "
+                "others train b; valid loss and accuracy are measured on the latter, without "
                 "augmentation")
     published = published_setting(vars(args))
     if not run.checkpoint:
@@ -346,7 +346,8 @@ def schedule(args, epoch, phase, trained):
     """Factor of the initial learning rate, and drop-path probability, of the next epoch."""
     linear = args.one_stage and args.dataset == "imagenet"
     if phase == "searching":
-        return utils.warm_up(epoch) if linear else 1.0, 0.0
+        factor = utils.warm_up(epoch) if linear else 1.0
+        return factor, 0.0
     if linear:
         factor = utils.linear_with_warm_up(trained, args.epochs)
     else:
@@ -364,7 +365,7 @@ def fix_architecture(run, net, weight_optimizer):
     deleted = net.prune()
     utils.remove_parameters(weight_optimizer, deleted)
     count = sum(p.numel() for p in deleted) / 1e6
-    kept = net.retraining_parameters() / 1e6  # as train.py counts them
+    kept = net.count_retraining_parameters() / 1e6  # as train.py counts them
     run.log(f"the architecture is fixed; idle operations with {count:.3f} M parameters are "
             f"deleted, {kept:.3f} M remain")
     if run.args.compile:
@@ -404,7 +405,7 @@ def log_recovery(run, row, epoch):
             if too_sparse
         ]
         run.warn(f"with --lam {args.lam:g} the codes of some nodes have fewer than "
-                 f"{args.sparseness} nonzero entries, so these nodes keep pairs of their last "
+                 f"{args.sparseness} nonzero entries, so these nodes keep pairs of their previous "
                  f"support and do not freeze; try a smaller --lam: {', '.join(texts)}", "sparse")
     if row.get("parameters"):  # one-stage search
         rejected = f", rejected by --max_params {args.max_params:g}" if row["rejected"] else ""
@@ -560,11 +561,13 @@ TWO_STAGE_ONLY = ("train_portion", "recover_every")
 def check(args):
     """Raise UserError if flags cannot be right."""
     flags.check_common_flags(args)
-    search, unread = "two-stage", ONE_STAGE_ONLY
+    if args.resume:  # the other flags come from the checkpoint
+        return
+    search, without_effect = "two-stage", ONE_STAGE_ONLY
     if args.one_stage:
-        search, unread = "one-stage", TWO_STAGE_ONLY
-    for name in unread:
-        if name in args.typed and not args.resume:  # the checkpoint knows the kind of its search
+        search, without_effect = "one-stage", TWO_STAGE_ONLY
+    for name in without_effect:
+        if name in args.typed:
             raise utils.UserError(f"--{name} has no effect in {search} search: leave it out")
     if args.sparseness > args.proj_dims:
         raise utils.UserError(
@@ -575,7 +578,7 @@ def check(args):
     if args.sparseness > pairs:
         raise utils.UserError(f"--sparseness {args.sparseness}: the first node has only {pairs} "
                               f"{'edges' if args.distinct_edges else 'pairs'} to choose from")
-    if args.dataset == "imagenet" and not args.resume:
+    if args.dataset == "imagenet":
         flags.check_imagenet(args, linear=args.one_stage)
 
 

@@ -222,6 +222,7 @@ def use_data_of(saved, args):
     published = published_setting({**of_data, **typed})
     vars(args).update({**published, **of_data, **typed})
     check(args)
+    flags.check_cutout(args)
 
 
 def network_config(args, source):

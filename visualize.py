@@ -140,9 +140,12 @@ def read_run(path, name=None):
         raise UserError(f"{path}: no epoch has ended yet (metrics.jsonl has no whole row)")
 
     # A one-stage search ends when all nodes are frozen or when another phase begins.
-    searching, end = [row for row in metrics if row.get("phase") == "searching"], None
-    if searching and (searching[-1] is not metrics[-1] or all(metrics[-1].get("frozen") or [0])):
-        end = searching[-1]["epoch"]
+    end = None
+    searching = [row for row in metrics if row.get("phase") == "searching"]
+    if searching:
+        last = searching[-1]
+        if last is not metrics[-1] or (last.get("frozen") and all(last["frozen"])):
+            end = last["epoch"]
 
     history, genotype = [], None
     try:
@@ -291,8 +294,8 @@ def spread(ends, y, height):
 SPACING = 0.7  # between the lanes of two nodes, where a lane has height 1
 SERIES = {
     "test": ("test", "#E07B00"),
-    "valid": ("validation (the half for b, not augmented)", "#E07B00"),
-    "arch": ("the half for b, as it was trained on", "#7CC4F0"),
+    "valid": ("validation (architecture half, not augmented)", "#E07B00"),
+    "arch": ("architecture half (augmented, during training)", "#7CC4F0"),
     "train": ("training", "#0B2A4A"),
 }
 
@@ -495,7 +498,8 @@ def main(args):
     else:
         stem = "cells" if "Genotype(" in args.what else args.what.replace(":", "-")
     output = args.output or f"{stem}.png"
-    if os.path.isdir(output):
+    if not os.path.splitext(output)[1]:  # a folder
+        os.makedirs(output, exist_ok=True)
         output = os.path.join(output, f"{os.path.basename(stem)}.png")
     save(cells_figure(genotype, args.title), output)
     print(output)

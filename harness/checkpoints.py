@@ -73,7 +73,7 @@ def record_hyperparameters(*optimizers):
             group["built"] = {
                 name: value.item() if isinstance(value, torch.Tensor) else value
                 for name, value in group.items()
-                if name not in ("params", "class", "built", *DEVICE_OPTIONS)
+                if name not in ("params", "class", "built", "initial_lr", *DEVICE_OPTIONS)
             }
 
 
@@ -110,7 +110,7 @@ def changed_hyperparameters(optimizer, before, now, log):
     for name in sorted(before.keys() & now.keys()):
         if not is_close(before[name], now[name]):
             log(f"{type(optimizer).__name__}: {name} is now {now[name]} instead of "
-                f"{before[name]}, because the code has changed")
+                f"{before[name]}, because the source code has changed")
             changed[name] = now[name]
     if "lr" in changed:
         changed["initial_lr"] = changed["lr"]  # which schedules scale

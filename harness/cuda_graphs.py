@@ -51,7 +51,7 @@ class StepGraphs:
         self.warn = warn
         self.captured = {}
         if self.enabled:
-            torch.cuda.empty_cache()  # free the memory pools of the last epoch's graphs
+            torch.cuda.empty_cache()  # free the memory pools of the previous epoch's graphs
         if has_hooks:
             warn("steps run without CUDA graphs, because modules of the network have hooks, which "
                  "do not run when a graph is replayed", "hooks")
@@ -70,35 +70,35 @@ class StepGraphs:
 
         found = constants(leaves)
         if found != captured.constants:
-            self._warn_of_change(captured, found)
+            captured.changes += 1
+            if captured.changes == 5:
+                self._warn_of_changes(captured, found)
             captured.constants, captured.graph = found, None
             return step(*args)  # creates state that later steps update in place, such as momenta
         captured.changes = 0
         if captured.graph is None:
-            error = captured.capture(leaves)
-            if error is not None:
-                self._fall_back(step, error)
-                for optimizer in optimizers_in(leaves):
-                    optimizer.zero_grad()  # discard gradients of the aborted capture
+            try:
+                captured.capture(leaves)
+            except Exception as error:
+                self._fall_back(step, first_error(error), leaves)
                 return step(*args)
         return captured.replay(leaves)
 
-    def _fall_back(self, step, error):
+    def _fall_back(self, step, error, leaves):
         """Run all steps eagerly from now on, and warn."""
         self.enabled = False
+        for optimizer in optimizers_in(leaves):
+            optimizer.zero_grad()  # discard gradients of the aborted capture
         reason = (str(error).splitlines() or [""])[0]
         self.warn(f"{step.__name__} cannot be captured as a CUDA graph, so steps run eagerly "
                   f"({type(error).__name__}: {reason})", step.__name__)
 
-    def _warn_of_change(self, captured, found):
-        """Warn once if constants change at every step, because then no step is ever captured."""
-        captured.changes += 1
-        if captured.changes == 5:
-            names = [name for name in found if captured.constants.get(name) != found[name]]
-            self.warn(f"{captured.step.__name__} runs without a CUDA graph, because it would have "
-                      f"to be captured again at every step: changes of {', '.join(names)}; use "
-                      "a tensor on the device for a number that changes",
-                      f"changes {captured.step.__name__}")
+    def _warn_of_changes(self, captured, found):
+        names = [name for name in found if captured.constants.get(name) != found[name]]
+        self.warn(f"{captured.step.__name__} runs without a CUDA graph, because its constants have "
+                  f"changed in {captured.changes} consecutive steps ({', '.join(names)}); use a "
+                  "tensor on the device for a number that changes",
+                  f"changes {captured.step.__name__}")
 
 
 class CapturedStep:
@@ -110,7 +110,7 @@ class CapturedStep:
         self.changes = 0  # consecutive steps at which constants changed
 
     def capture(self, leaves):
-        """Capture the step in a memory pool of its own. Return the error if this fails."""
+        """Capture the step in its own memory pool."""
         leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         self.inputs = tensors_in(leaves)
         versions = [x._version for x in self.inputs]
@@ -126,10 +126,10 @@ class CapturedStep:
                 self.outputs = self.step(*tree_unflatten(leaves, self.structure))
             if versions != [x._version for x in self.inputs]:
                 raise RuntimeError("it writes into a tensor that it is given")
-        except Exception as error:
+        except Exception:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
             generator.graphsafe_set_state(generator_state)
-            return first_error(error)
+            raise
         # Gradients that the graph writes.
         self.grads = [(p, p.grad) for p, before in zip(parameters, grads_before, strict=True)
                       if p.grad is not before]
@@ -159,20 +159,20 @@ def constants(leaves):
     `args`, and numbers that are arguments of the step.
     """
     found = {}
-    for value in leaves:
+    for i, value in enumerate(leaves):
         if hasattr(value, "graph_key"):
             found |= value.graph_key()
         elif isinstance(value, torch.optim.Optimizer):
-            for i, group in enumerate(value.param_groups):
+            for k, group in enumerate(value.param_groups):
                 for name, number in group.items():
                     if name != "params" and not isinstance(number, torch.Tensor):
-                        found[f"{name} of group {i} of {type(value).__name__}"] = number
+                        found[f"{name} of group {k} of {type(value).__name__}"] = number
         elif isinstance(value, argparse.Namespace | types.SimpleNamespace):
             for name, number in vars(value).items():
                 if is_constant(number):
                     found[f"args.{name}"] = number
         elif is_constant(value):
-            found[f"argument {len(found)}"] = value
+            found[f"argument {i}"] = value
     return found
 
 

@@ -136,7 +136,7 @@ def nonempty(text):
 
 
 def add_common_flags(parser, datasets):
-    """Add the flags of both scripts. Those without a default have that of the published setting."""
+    """Add the flags of both scripts; missing defaults are those of the published setting."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", type=nonempty, default="data", metavar="DIR", help="folder of the data set")
@@ -215,25 +215,18 @@ def check_common_flags(args):
     """Raise UserError if flags of both scripts cannot be right."""
     if args.image_size % 4:
         raise UserError(f"--image_size must be a multiple of 4, not {args.image_size}")
-    if args.cutout and not args.resume and not getattr(args, "evaluate", False):
-        is_typed = "cutout" in args.typed or "cutout_length" in args.typed
-        limit = args.image_size if is_typed else args.image_size // 2
-        if args.cutout_length > limit:
-            raise UserError(
-                f"--cutout_length {args.cutout_length} is too large for images of "
-                f"{args.image_size} pixels: give --cutout_length {args.image_size // 2} or "
-                "--no-cutout"
-            )
-    if args.learning_rate_min > args.learning_rate:
-        raise UserError(
-            f"--learning_rate_min {args.learning_rate_min:g} is larger than --learning_rate "
-            f"{args.learning_rate:g}: give a smaller --learning_rate_min"
-        )
+    if not getattr(args, "weights", None):  # otherwise the image size may come from the file
+        check_cutout(args)
     if args.resume:
         if args.save:
             raise UserError("--resume continues in the folder of the run: leave out --save")
         checkpoint_path(args.resume)
         return
+    if args.learning_rate_min > args.learning_rate:
+        raise UserError(
+            f"--learning_rate_min {args.learning_rate_min:g} is larger than --learning_rate "
+            f"{args.learning_rate:g}: give a smaller --learning_rate_min"
+        )
     if args.save and os.path.lexists(args.save):
         # Only rank 0 checks this, because it may have created the folder already.
         is_rank_zero = os.environ.get("RANK", "0") == "0"
@@ -248,6 +241,19 @@ def check_common_flags(args):
             f"--data {args.data} is not a folder: --dataset imagefolder reads "
             "DIR/train/<class>/* and DIR/test/<class>/*"
         )
+
+
+def check_cutout(args):
+    """Raise UserError if cutout would remove most of an image."""
+    if args.cutout and not args.resume and not getattr(args, "evaluate", False):
+        is_typed = "cutout" in args.typed or "cutout_length" in args.typed
+        limit = args.image_size if is_typed else args.image_size // 2
+        if args.cutout_length > limit:
+            raise UserError(
+                f"--cutout_length {args.cutout_length} is too large for images of "
+                f"{args.image_size} pixels: give --cutout_length {args.image_size // 2} or "
+                "--no-cutout"
+            )
 
 
 def check_imagenet(args, linear):
@@ -300,7 +306,7 @@ def fit_to_data(args, images, published, world_size, log):
         images_per_rank = images // world_size
         if args.batch_size > images_per_rank > 1:
             args.batch_size = images_per_rank
-            log(f"--batch_size is {images_per_rank}, because there are no more images")
+            log(f"--batch_size is reduced to {images_per_rank}, the number of images of each rank")
     total_batch = world_size * args.batch_size
     if world_size > 1:
         log(f"{world_size} ranks with --batch_size {args.batch_size}: a batch of {total_batch}")
@@ -325,6 +331,8 @@ def cutout_flag(args):
     """The cutout flag with which train.py continues, if images are small or cutout is off."""
     if "cutout" in args.typed and not args.cutout:
         return " --no-cutout"
+    if "cutout_length" in args.typed:
+        return f" --cutout_length {args.cutout_length}"
     if args.dataset != "imagenet" and args.image_size < 32:
         return f" --cutout_length {args.image_size // 2}"
     return ""

@@ -5,7 +5,7 @@
               log.txt           everything that was printed
               metrics.jsonl     the metrics of each epoch, one JSON object per line
               genotype.json     the genotype
-              genotypes.jsonl   the genotype of each epoch of a search
+              genotypes.jsonl   the genotype after each epoch of a search
               checkpoint.pt     everything that is needed to resume
               network.pt        a trained network; network-best.pt: the best one of a training
               tensorboard/      events
@@ -327,9 +327,9 @@ class Run:
         name : str
             The epoch in the log, such as "3/50".
         epochs_left : int
-            The epochs of the run after this one.
+            Epochs of the run after this one.
         may_take_longer : bool
-            Whether there may be more than that.
+            Whether `epochs_left` is only a lower bound, as long as nodes have not converged.
         metrics
             First entries of the row.
         """
@@ -376,9 +376,12 @@ class Run:
                 # Hide events that a stopped run wrote for this epoch and later ones.
                 self.board = SummaryWriter(self.file("tensorboard"), purge_step=row["epoch"])
             for key, value in row.items():
-                for name, number in (value if isinstance(value, dict) else {"": value}).items():
+                scalars = {key: value}
+                if isinstance(value, dict):
+                    scalars = {f"{key}/{name}": number for name, number in value.items()}
+                for tag, number in scalars.items():
                     if isinstance(number, int | float):
-                        self.board.add_scalar(f"{key}/{name}".rstrip("/"), number, row["epoch"])
+                        self.board.add_scalar(tag, number, row["epoch"])
             self.board.flush()
         except OSError as error:  # a run does not need its events
             self.board = None

@@ -612,13 +612,13 @@ def test_edited_optimizer_numbers_replace_those_of_the_checkpoint(tmp_path):
     for change in ("SGD: lr is now 0.05", "SGD: momentum is now 0.8",
                    "Adam: betas is now (0.9, 0.999)", "Adam: eps is now 1e-06"):
         assert resumed.count(change) == 1
-    assert resumed.count("because the code has changed") == 4
+    assert resumed.count("because the source code has changed") == 4
     last = saved(tmp_path / "run/checkpoint.pt")
     sgd, adam = (last[name]["param_groups"][0] for name in ("weight_optimizer", "arch_optimizer"))
     assert sgd["momentum"] == 0.8 and adam["betas"] == (0.9, 0.999) and adam["eps"] == 1e-6
     assert sgd["initial_lr"] == 0.05 and sgd["lr"] == pytest.approx(0.05 * 1.01 / 2)
     again = finish(sources / script, "--resume", "run", "--epochs", 3, cwd=tmp_path).stdout
-    assert "because the code has changed" not in again
+    assert "because the source code has changed" not in again
 
 
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop"])

@@ -121,7 +121,7 @@ REFUSED_BY_THE_PARSER = [
     (search_folder("no_such_folder"), "not a folder"),
     (search("--save", "search"), "exists already"),
     (search("--resume", ""), "empty"),  # an unset variable must not start a new run
-    (search("--resume", "nothing"), "no checkpoint"),
+    (search("--resume", "nothing"), "nothing/checkpoint.pt"),
     (search("--resume", "search", "--save", "elsewhere"), "leave out --save"),
     (train(), "--arch is missing"),
     (train("--arch", "DARTS_V2"), "unknown genotype"),
@@ -148,7 +148,7 @@ REFUSED_BEFORE_TRAINING = [
     (search("--resume", "train"), "the checkpoint of a train run, which train.py resumes"),
     (train("--resume", "train/network.pt"), "give the folder of the run"),
     (search("--resume", "search", "--seed", "7"), "--seed 7 contradicts"),
-    (search("--resume", "search", "--epochs", "1"), "--epochs 1 contradicts"),
+    (search("--resume", "search", "--epochs", "1"), "--epochs 1"),
     (search("--resume", "truncated"), "truncated/checkpoint.pt is damaged"),
     (evaluate("code.pt"), "damaged, or not"),
     (evaluate("other.pt"), "no weights of a DARTS network"),
