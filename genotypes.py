@@ -143,9 +143,9 @@ def load(spec):
         spec = os.path.join(spec, "genotype.json")
     if not spec.endswith(".json") and not os.path.exists(spec):
         raise ValueError(
-            f"unknown genotype {_shorten(spec)}: give one of {', '.join(NAMED)}, random:SEED, "
-            "random:SEED:distinct, the path of a genotype.json or of a run folder, or a text "
-            "'Genotype(normal=[...], ...)'"
+            f"{_shorten(spec)} is no file and no known genotype: give one of {', '.join(NAMED)}, "
+            "random:SEED, random:SEED:distinct, the path of a genotype.json or of a run folder, or a "
+            "text 'Genotype(normal=[...], ...)'"
         )
     return _read(spec)
 

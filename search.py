@@ -368,6 +368,8 @@ def fix_architecture(run, net, weight_optimizer):
     kept = net.count_retraining_parameters() / 1e6  # as train.py counts them
     run.log(f"the architecture is fixed; idle operations with {count:.3f} M parameters are "
             f"deleted, {kept:.3f} M remain")
+    if run.args.max_params is not None and kept >= run.args.max_params:
+        run.warn(f"this exceeds --max_params {run.args.max_params:g}: no candidate was smaller")
     if run.args.compile:
         speedups.compile_network(net, is_fixed=True, log=run.log)
     if run.args.drop_path_prob:
@@ -408,9 +410,11 @@ def log_recovery(run, row, epoch):
                  f"{args.sparseness} nonzero entries, so these nodes keep pairs of their previous "
                  f"support and do not freeze; try a smaller --lam: {', '.join(texts)}", "sparse")
     if row.get("parameters"):  # one-stage search
-        rejected = f", rejected by --max_params {args.max_params:g}" if row["rejected"] else ""
-        run.log(f"    {row['frozen'].count(False)} of {len(nodes)} nodes are not frozen; the "
-                f"network has {row['parameters'] / 1e6:.3f} M parameters{rejected}")
+        rejected = ""
+        if row["rejected"]:
+            rejected = f", rejected by --max_params {args.max_params:g}: the previous one is kept"
+        run.log(f"    {row['frozen'].count(True)} of {len(nodes)} nodes are frozen; the new "
+                f"architecture has {row['parameters'] / 1e6:.3f} M parameters{rejected}")
         texts = []
         for frozen, distance in zip(row["frozen"], row["distance"], strict=True):
             text = f"{distance:.1e}"

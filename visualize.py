@@ -4,7 +4,7 @@
     python visualize.py runs/NAME                            # all pictures of a run
     python visualize.py runs/NAME -o curves.pdf              # one of them, for a paper
 
-The pictures of a search are cells, search (the pairs of every node in every epoch) and curves.
+The pictures of a search are cells, search (the pairs of every node after every epoch) and curves.
 Those of a training are cells and curves. A run can be drawn before it ends. Existing pictures are
 overwritten. Use TensorBoard to compare runs: tensorboard --logdir runs
 """
@@ -302,7 +302,7 @@ SERIES = {
 
 @style()
 def search_figure(run):
-    """Draw for every epoch the pairs of every node, how far its code moved, and pair weights."""
+    """Draw the pairs of every node after every epoch, how far its code moved, and pair weights."""
     until = run.end or run.metrics[-1]["epoch"]
     lanes = {cell: _lanes(run, cell) for cell in CELLS}
     rows = [[name] * NODES for name in (*CELLS, "distance")]
@@ -460,8 +460,8 @@ def draw_run(run_dir, output=None, name=None):
     if ending and not os.path.isdir(output):
         paths = {picture: output for picture in drawings if stem.endswith(picture)}
         if not paths:
-            raise UserError(f"-o {output}: the name of a picture of this run must end in "
-                            f"{' or '.join(drawings)}, as in curves{ending}")
+            raise UserError(f"-o {output}: the file name selects the picture, so it must end in "
+                            f"{' or '.join(name + ending for name in drawings)}")
     else:
         folder = output or os.fspath(run_dir)
         os.makedirs(folder, exist_ok=True)

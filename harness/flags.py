@@ -313,7 +313,8 @@ def fit_to_data(args, images, published, world_size, log):
     batch, rate = published["batch_size"], published["learning_rate"]
     if total_batch != batch and "learning_rate" not in args.typed:
         log(f"note: --learning_rate {rate:g} is published for batches of {batch}; for "
-            f"{total_batch} the linear rule would give {rate * total_batch / batch:.3g}")
+            f"{total_batch} the linear rule would give {rate * total_batch / batch:.3g}, which is "
+            "not applied")
 
 
 def data_flags(args):

@@ -356,7 +356,15 @@ class Run:
         if may_take_longer:
             left = f">{left}"
         shown = {**row, "name": name, "time": format_duration(seconds), "left": left}
-        texts = [format_cell(text, shown) for text in self.columns.values()]
+        texts = []
+        for heading, text in self.columns.items():
+            try:
+                texts.append(text.format(**shown))
+            except KeyError as error:
+                texts.append("–")
+                self.warn(f"column {heading}: the row of the epoch has no {error}", heading)
+            except (TypeError, ValueError):  # None, for example
+                texts.append("–")
         self.log(table_row(texts, self.columns), wrap=False)
         self.append("metrics.jsonl", row)
         self._write_events(row)
@@ -494,14 +502,6 @@ def to_builtin(value):
 # ------------------------------------------------------------------------------------------------
 # Table and progress
 # ------------------------------------------------------------------------------------------------
-
-
-def format_cell(text, row):
-    """Fill in the format string of a column, or return a dash if the row lacks its number."""
-    try:
-        return text.format(**row)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return "–"
 
 
 WIDTHS = {"epoch": 9, "time": 10, "left": 11}  # of columns wider than their heading

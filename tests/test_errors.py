@@ -124,7 +124,7 @@ REFUSED_BY_THE_PARSER = [
     (search("--resume", "nothing"), "nothing/checkpoint.pt"),
     (search("--resume", "search", "--save", "elsewhere"), "leave out --save"),
     (train(), "--arch is missing"),
-    (train("--arch", "DARTS_V2"), "unknown genotype"),
+    (train("--arch", "DARTS_V2"), "no known genotype"),
     (train("--arch", "no_such.json"), "no_such.json"),
     (train("--arch", "bad_operation.json"), "no operation 'conv'"),
     (train("--arch", GENOTYPE[:-40]), "malformed"),

@@ -84,7 +84,7 @@ def test_changed_pairs_are_listed_by_node():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("no_such_name", "unknown genotype"),
+    ("no_such_name", "no known genotype"),
     ("random:٣", "random:SEED"),
     ("random:" + "9" * 5000, "random:SEED"),
     ("Genotype()", "does not give normal"),

@@ -226,7 +226,7 @@ def test_output_paths_and_title(tmp_path, script):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["runs/TYPO"], "unknown genotype 'runs/TYPO'"),
+    (["runs/TYPO"], "no known genotype"),
     (["empty"], "empty is not a run folder"),
     (["begun"], "begun: no epoch has ended yet"),
     (["done", "-o", "figure.pdf"], "end in cells or search or curves"),
