@@ -229,7 +229,7 @@ def test_output_paths_and_title(tmp_path, script):
     (["runs/TYPO"], "no known genotype"),
     (["empty"], "empty is not a run folder"),
     (["begun"], "begun: no epoch has ended yet"),
-    (["done", "-o", "figure.pdf"], "end in cells or search or curves"),
+    (["done", "-o", "figure.pdf"], "must end in cells.pdf or search.pdf"),
     (["done", "-o", "curves.jpg"], ".png, .svg, .pdf"),
     (["ISTA_twostage", "-o", "good.json"], ".png, .svg, .pdf"),
     (["ISTA_twostage", "-o", "no/such/cells.png"], "No such file or directory"),
