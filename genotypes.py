@@ -144,8 +144,8 @@ def load(spec):
     if not spec.endswith(".json") and not os.path.exists(spec):
         raise ValueError(
             f"{_shorten(spec)} is no file and no known genotype: give one of {', '.join(NAMED)}, "
-            "random:SEED, random:SEED:distinct, the path of a genotype.json or of a run folder, or a "
-            "text 'Genotype(normal=[...], ...)'"
+            "random:SEED, random:SEED:distinct, the path of a genotype.json or of a run folder, or "
+            "a text 'Genotype(normal=[...], ...)'"
         )
     return _read(spec)
 

@@ -3,9 +3,12 @@
 import contextlib
 import math
 import os
+import platform
 import random
+import re
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -136,6 +139,12 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def processor_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def is_out_of_memory(error):

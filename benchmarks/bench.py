@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -351,12 +350,6 @@ def measure_cpu(args):
         yield summarize(kind, "memory, ours / plain form", memory[0][1] / memory[1][1])
 
 
-def processor_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor()
-
-
 def get_args_parser():
     parser = flags.Parser("bench.py", __doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
@@ -389,7 +382,7 @@ def main():
     args.forms = args.forms or [f.name for f in CUDA_FORMS if not (args.quick and f.compiled)]
     machine = dict(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        processor=processor_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+        processor=utils.processor_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
         torch=torch.__version__, python=platform.python_version(), system=platform.system(),
     )
     print(", ".join(f"{key} {value}" for key, value in machine.items()))

@@ -62,7 +62,6 @@ import genotypes
 import search
 import utils
 import visualize
-from benchmarks.bench import processor_name
 from genotypes import NODES, PRIMITIVES
 from harness import checkpoints, flags, speedups
 from model_search import DICTIONARIES, pair_numbers
@@ -125,7 +124,7 @@ def unfinished(args, part, items):
 
 def append_result(args, part, item, **outcomes):
     row = {"part": part, **item, **outcomes, "setting": args.setting,
-           "processor": processor_name()}
+           "processor": utils.processor_name()}
     with open(Path(args.save, "results.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(part, *item.values(), flush=True)
