@@ -9,7 +9,6 @@ operations on the whole batch, so there are no worker processes and no transfers
 does not fit in memory use `imagenet.py`, which reads images from files.
 """
 
-import contextlib
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -349,15 +348,11 @@ def _load_cifar(cls, root, **_):
     for name in ("train", "test", "val"):
         if not is_there and (root / name).is_dir():
             raise UserError(f"{root} has {name}/: give --dataset imagefolder")
-    absent = [path for path in (root, *root.parents) if not path.exists()]
     try:
         train, test = cls(root, train=True, download=not is_there), cls(root, train=False)
     except MemoryError:
         raise
     except Exception as error:  # many types: network, disk, archive, checksum, unpickling
-        for path in absent:
-            with contextlib.suppress(OSError):  # it does not exist, or is not empty
-                path.rmdir()
         message = (f"{folder} does not exist, and the download failed ({error}): extract the "
                    f"archive in {root}, or use --dataset digits or imagefolder")
         if is_there:

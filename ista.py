@@ -4,22 +4,16 @@ Given a dictionary A (m, n) and a point b (m,), compute the code
 
     z = argmin_z  P(z),     P(z) = 1/2 ||A z - b||^2 + lam ||z||_1.
 
-`recover` offers five solvers:
+`recover` offers five solvers (docs/speed.md has their times):
 
     homotopy   The default. Exact to rounding. It follows the solution path in lam, which has about
-               10 breakpoints in a search: 0.2 ms per code from a cold start, 0.04 ms warm.
+               10 breakpoints in a search.
     ista       Proximal gradient, the method that gives ISTA-NAS its name. Gradient steps find the
-               support, and Newton steps on the support converge: 50 steps, 0.8 ms. A warm start
-               usually takes 1 step, 0.1 ms.
-    fista      ista with momentum, for dictionaries larger than those of a search. With 200 x 1000
-               Gaussian entries and lam_max / lam = 10 it takes 20 ms, ista 37, homotopy 291.
+               support, and Newton steps on the support converge: about 50 steps, or 1 step from a
+               warm start.
+    fista      ista with momentum, for dictionaries larger than those of a search.
     mosek      Interior point through CVXPY, as in the original experiments. Needs a license.
-    clarabel   Interior point through CVXPY, free. An independent check. 5 ms.
-
-The times are medians on one core of an Intel Xeon over 2,000 problems of a search (41 for
-clarabel): A from 7 x 14 to 7 x 35, lam = 1e-5, ||b|| from 1e-3 to 1, and lam_max, the smallest
-lam whose code is 0, from 1e-3 to 6. All codes had a relative gap within 1e-9. From a cold start
-homotopy, ista and fista found the same 2,000 supports. Times for 200 x 1000 are means of 10.
+    clarabel   Interior point through CVXPY, free. An independent check.
 
 To add a solver, write a function and enter it in `SOLVERS`, where its interface is described.
 

@@ -242,20 +242,8 @@ class SparseCode(nn.Module):
     def recover(self, solver="homotopy"):
         """Update z and the support from b, except those of frozen nodes.
 
-        Parameters
-        ----------
-        solver : str
-            A name in `ista.SOLVERS`.
-
-        Returns
-        -------
-        int
-            Number of codes for which the solver did not converge; homotopy solved these.
-
-        Raises
-        ------
-        ista.SolverUnavailable
-            If the package or the license of the solver is missing.
+        `solver` is a name in `ista.SOLVERS`; ista.SolverUnavailable is raised if its package or
+        license is missing. Returns the number of codes that homotopy solved in its place.
         """
         codes, not_converged = self.solve(solver)
         self.accept(codes, self.choose_unfrozen(codes))
@@ -442,11 +430,6 @@ class Network(Skeleton):
         Returns
         -------
         Recovery
-
-        Raises
-        ------
-        ista.SolverUnavailable
-            If the package or the license of the solver is missing.
         """
         new_z, supports, not_converged = [], [], 0  # for each cell type: 4 arrays, 4 lists of pairs
         for code in self.codes:
@@ -565,15 +548,8 @@ class Network(Skeleton):
         The weight w of each active pair is folded into the last BatchNorm of its operation:
         γ ← wγ, β ← wβ. The supernet does not change.
 
-        Returns
-        -------
-        model.NetworkCIFAR or model.NetworkImageNet
-            A new network with the same outputs.
-
-        Raises
-        ------
-        ValueError
-            If the supernet is that of two-stage search, or if the outputs differ.
+        Returns a new model.NetworkCIFAR or NetworkImageNet with the same outputs. Raises ValueError
+        if the supernet is that of two-stage search, or if the outputs differ.
         """
         if not self.one_stage:
             raise ValueError("only the supernet of one-stage search can be absorbed")
