@@ -166,11 +166,13 @@ class SparseCode(nn.Module):
     def solve(self, solver="homotopy"):
         """Compute the codes from b; frozen nodes keep theirs.
 
-        Returns a list of 4 arrays, float64 (n_j,), and the number of codes for which the solver
-        did not converge, so that homotopy solved them instead.
+        Returns 4 arrays, float64 (n_j,); for each node ‖Aᵀb‖∞, the smallest λ at which its code is
+        0; and the number of codes for which the solver did not converge, so that homotopy solved
+        them instead.
         """
-        codes, not_converged = to_arrays(self.z), 0
+        codes, lam_max, not_converged = to_arrays(self.z), [], 0
         for j, (A, b) in enumerate(zip(to_arrays(self.A), to_arrays(self.b), strict=True)):
+            lam_max.append(float(np.abs(A.T @ b).max()))
             if self.is_frozen[j]:
                 continue
             z0 = codes[j]
@@ -179,12 +181,7 @@ class SparseCode(nn.Module):
                 not_converged += 1
                 solution = ista.recover(A, b, self.lam, z0=z0)
             codes[j] = solution.z
-        return codes, not_converged
-
-    def lam_max(self):
-        """For each node ‖Aᵀb‖∞, the smallest λ at which its code is 0."""
-        nodes = zip(to_arrays(self.A), to_arrays(self.b), strict=True)
-        return [float(np.abs(A.T @ b).max()) for A, b in nodes]
+        return codes, lam_max, not_converged
 
     def choose(self, codes):
         """Choose the support from the codes: the s pairs of each node with the largest |z|.
@@ -245,7 +242,7 @@ class SparseCode(nn.Module):
         `solver` is a name in `ista.SOLVERS`; ista.SolverUnavailable is raised if its package or
         license is missing. Returns the number of codes that homotopy solved in its place.
         """
-        codes, not_converged = self.solve(solver)
+        codes, _, not_converged = self.solve(solver)
         self.accept(codes, self.choose_unfrozen(codes))
         return not_converged
 
@@ -431,13 +428,14 @@ class Network(Skeleton):
         -------
         Recovery
         """
-        new_z, supports, not_converged = [], [], 0  # for each cell type: 4 arrays, 4 lists of pairs
+        new_z, supports = [], []  # for each cell type: 4 arrays, 4 lists of pairs
+        lam_max, not_converged = [], 0
         for code in self.codes:
-            solutions, failures = code.solve(solver)
+            solutions, of_nodes, failures = code.solve(solver)
             new_z.append(solutions)
             supports.append(code.choose_unfrozen(solutions))
+            lam_max += of_nodes
             not_converged += failures
-        lam_max = [*self.normal_code.lam_max(), *self.reduce_code.lam_max()]
         if broadcast:
             new_z, supports, lam_max = broadcast((new_z, supports, lam_max))
 

@@ -563,7 +563,7 @@ LOSS_OF_STEP = """
 
 @pytest.mark.parametrize("patch, captures, same, line", [
     pytest.param(EACH_STEP.format('optimizer.param_groups[0]["momentum"] *= 0.9'), 0, True,
-                 "momentum of group 0 of SGD changes", id="a momentum of each step"),
+                 "momentum of group 0 of SGD", id="a momentum of each step"),
     pytest.param(LOSS_OF_STEP.format("loss * random.random()"), 2, False, None,
                  id="a random number"),
     pytest.param(LOSS_OF_STEP.format("loss * (loss.item() < 100)"), 2, True,
