@@ -232,7 +232,7 @@ def launches():
     ("two-stage", 3050, 0, 2.6), ("two-stage, bfloat16", 3100, 0, 1.4),
     ("one-stage", 3450, 0, 6.0), ("one-stage, bfloat16", 4850, 0, 3.1),
     ("retraining", 2450, 0, 5.1), ("retraining, bfloat16", 3550, 0, 2.7),
-    ("recovery of two-stage", 200, 60, 0), ("recovery of one-stage", 200, 50, 0),
+    ("recovery of two-stage", 200, 60, 0), ("recovery of one-stage", 200, 60, 0),
 ])
 def test_step_costs(launches, kind, most_launches, most_syncs, most_memory):
     """Limit launches, host synchronizations and memory (GiB) of a step."""
