@@ -129,7 +129,7 @@ def main(args):
     run.save_network("network.pt", net, **describe_network(run, train, row))
     run.draw(visualize.draw_run)
     run.log(f"{format_accuracy(row)} after the last epoch (network.pt); test accuracy {best:.2f} % "
-            "in the best one (network-best.pt)")
+            "after the best epoch (network-best.pt)")
     run.log("to evaluate the network again:")
     weights = shlex.quote(run.file("network.pt"))
     amp = " --amp" if args.amp else ""

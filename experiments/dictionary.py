@@ -1,4 +1,4 @@
-"""What does the dictionary A do to a search? Idealised searches, without a network.
+"""What does the dictionary A do to a search? Idealized searches, without a network.
 
     python experiments/dictionary.py --quick                                       # seconds
     python experiments/dictionary.py --out numbers.json --picture dictionary.png   # minutes
@@ -28,7 +28,7 @@ and, if m is the same, the same initial b. Tables:
                leaves: cases in which one of the two leaves S; loser: those in which it is the one
                to be decreased. λ = 1e-4 λ_max by default, λ_max = ‖Aᵀb‖∞ being the smallest λ with
                z = 0. Codes with fewer than two nonzero entries are skipped.
-    searches   Idealised searches. Percentiles of the sum of the merits of S among all choices of
+    searches   Idealized searches. Percentiles of the sum of the merits of S among all choices of
                two pairs of the node, after the first recovery (first) and after the last (last),
                and of the last sum over eight nodes among 2,000 random choices (cells); chance is
                50. In %: pairs of a node that ever ran (ran); cases in which the one pair that was

@@ -403,7 +403,7 @@ def test_a_missing_package_is_named(solver, package, monkeypatch):
         recover(GOOD_A, GOOD_B, 0.1, solver)
 
 
-def test_mosek_without_a_licence_is_unavailable(monkeypatch):
+def test_mosek_without_a_license_is_unavailable(monkeypatch):
     mosek = MagicMock(Error=OSError)
     mosek.Env.return_value.__enter__.return_value.checkoutlicense.side_effect = OSError("a\nb")
     monkeypatch.setitem(sys.modules, "mosek", mosek)
@@ -412,7 +412,7 @@ def test_mosek_without_a_licence_is_unavailable(monkeypatch):
         recover(GOOD_A, GOOD_B, 0.1, "mosek")
 
 
-def test_mosek_solves_a_problem_or_lacks_only_the_licence(monkeypatch):
+def test_mosek_solves_a_problem_or_lacks_only_the_license(monkeypatch):
     cvxpy, mosek = pytest.importorskip("cvxpy"), pytest.importorskip("mosek")
     A, b = draw(np.random.default_rng(22), n=28, size=1.0)
     try:
