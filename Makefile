@@ -1,4 +1,4 @@
-# make demo   search a cell on handwritten digits, train it, report its accuracy (10 minutes)
+# make demo   search a cell on handwritten digits, train it, report its accuracy (2 minutes)
 # make test   run the tests
 # make crash  kill runs at random moments, many times
 # make cuda   run whole scripts on a GPU that is not there (see tests/test_null_gpu.py)

@@ -83,9 +83,9 @@ def _scale_and_bias(mean, std, device):
 
 @functools.cache
 def _pixel_coordinates(n, device):
-    """Return the indices of n pixels, the offsets to the flipped ones, and the pixel centers."""
+    """Return the indices and the centers of n pixels."""
     index = torch.arange(n, device=device)
-    return index, index.flip(0) - index, index + 0.5
+    return index, index + 0.5
 
 
 def normalize(x, mean, std, memory_format=torch.preserve_format):
@@ -112,8 +112,8 @@ def augment(
     To add an augmentation, add a keyword argument: `Batches` passes it on.
     """
     B, C, H, W = x.shape
-    row, _, row_center = _pixel_coordinates(H, x.device)
-    column, flip_shift, column_center = _pixel_coordinates(W, x.device)
+    row, row_center = _pixel_coordinates(H, x.device)
+    column, column_center = _pixel_coordinates(W, x.device)
 
     def randint(n, count=1):
         """Draw `count` integers below n for each image of this rank: (count, B, 1)."""
@@ -127,7 +127,8 @@ def augment(
     top, left = randint(2 * PADDING + 1, 2)
     rows, columns = top + row, left + column  # (B, H), (B, W)
     if flip:
-        columns = torch.addcmul(columns, randint(2)[0], flip_shift)
+        is_flipped = randint(2)[0].bool()  # (B, 1)
+        columns = torch.where(is_flipped, left + column.flip(0), columns)
     pixels = torch.add(columns[:, None, :], rows[:, :, None], alpha=W + 2 * PADDING)  # (B, H, W)
     padded = F.pad(x, (PADDING, PADDING, PADDING, PADDING)).flatten(2)
     x = padded.gather(2, pixels.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)

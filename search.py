@@ -324,8 +324,8 @@ def columns(args, name):
     pairs = 2 * genotypes.NODES * args.sparseness
     return {
         "lr": "{learning_rate:.4f}", "train loss": "{train_loss:.3f}",
-        "train %": "{train_accuracy:.2f}", f"{name} loss": f"{{{name}_loss:.3f}}",
-        f"{name} %": f"{{{name}_accuracy:.2f}}", "changed": f"{{changed}}/{pairs}",
+        "train %": "{train_accuracy:.2f}", f"{name} loss": "{" + name + "_loss:.3f}",
+        f"{name} %": "{" + name + "_accuracy:.2f}", "changed": f"{{changed}}/{pairs}",
     }
 
 
