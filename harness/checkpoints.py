@@ -90,7 +90,8 @@ def load_optimizer(optimizer, state, log=print):
         return
     groups = []
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        group = {**saved, **{name: own[name] for name in DEVICE_OPTIONS if name in own}}
+        # Options that an old checkpoint lacks keep their values.
+        group = {**own, **saved, **{name: own[name] for name in DEVICE_OPTIONS if name in own}}
         if "built" in own:
             group["built"] = own["built"]
             before = saved.get("built", {})

@@ -35,6 +35,7 @@ import layers
 import model_search
 import operations
 import search
+import utils
 from genotypes import PRIMITIVES, Genotype
 from harness import checkpoints
 from model import NetworkCIFAR
@@ -710,6 +711,19 @@ def test_device_options_of_an_optimizer_are_not_loaded():
     (group,) = new.param_groups
     assert (group["lr"], group["betas"], len(new.state)) == (0.1, (0.5, 0.6), 2)
     assert (group["fused"], group["foreach"], group["capturable"]) == (None, False, False)
+
+
+def test_an_optimizer_loads_a_checkpoint_without_its_newer_options_and_some_momenta():
+    layer, args = nn.Linear(2, 2), search.get_args_parser().parse_args([])
+    state = utils.sgd(layer.parameters(), args).state_dict()
+    state["state"].pop(1)
+    for name in ("dampening", "nesterov", "maximize", "differentiable"):
+        state["param_groups"][0].pop(name)
+    optimizer = utils.sgd(layer.parameters(), args)
+    checkpoints.load_optimizer(optimizer, state)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert all(optimizer.state[p]["momentum_buffer"].any() for p in layer.parameters())
 
 
 def test_edited_operations_have_the_same_accuracy_in_all_uses(tmp_path):
