@@ -95,6 +95,7 @@ def test_changed_pairs_are_listed_by_node():
     (GOOD.replace("('skip_connect', 0), ", "", 1), "as many pairs"),
     (GOOD.replace("range(2, 6)", "range(2, 7)"), "nodes of 2 to 5"),
     (GOOD.replace("range(2, 6)", "[2, 2]"), "each once"),
+    (GOOD.replace("range(2, 6)", "[]"), "nodes of 2 to 5"),
     ("x" * 300_000 + "Genotype(" + "[" * 200_000 + ")", "malformed"),
 ], ids=lambda text: text[:40])
 def test_invalid_genotypes_are_rejected_in_one_line(text, message):
